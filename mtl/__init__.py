@@ -1,0 +1,3 @@
+"""mtl: train transformers as pure functions over sharded parameter trees."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""From samples to what a device gets: its rows of the global batch and its pieces of the sequence, nothing more."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtl.data.samples import Samples
+from mtl.errors import UserError
+from mtl.ops.attention import chunks
+from mtl.sharding.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """Samples a step over all devices, samples a device takes at once, tokens a sample."""
+
+    global_batch: int
+    micro_batch: int
+    seq_len: int
+
+    def check(self, rows: int) -> None:
+        """Refuse a global batch that does not divide into micro-batches on ``rows`` data-parallel devices."""
+        for name in ("global_batch", "micro_batch", "seq_len"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1.")
+        if self.global_batch % (self.micro_batch * rows):
+            raise UserError(
+                f"train.global-batch-size {self.global_batch} does not divide by train.micro-batch-size {self.micro_batch} x {rows} "
+                f"data-parallel devices. Use a multiple of {self.micro_batch * rows}, or a smaller micro-batch or mesh."
+            )
+
+
+def batch_at(par: Parallel, samples: Samples, first: int, shape: BatchShape, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make this device's part of the global batch that starts at sample ``first``.
+
+    Gives tokens, targets, weights, positions [A, b, S], rows [A, b] and slots [S], where A counts micro-batches and S is local.
+    """
+    axes = par.axes("B")
+    count, index = par.mesh.size(axes), par.mesh.index(axes)
+    local = shape.global_batch // count
+    rows = np.arange(local).reshape(-1, shape.micro_batch)
+    rows = (rows // shape.micro_batch * count + index) * shape.micro_batch + rows % shape.micro_batch
+    text = np.stack([samples(first + int(r), shape.seq_len + 1) for r in rows.flat]).reshape(*rows.shape, -1)
+    return to_device(par, text[..., :-1], text[..., 1:], rows, dtype)
+
+
+def to_device(
+    par: Parallel,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    rows: np.ndarray,
+    dtype: torch.dtype,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Tensor]:
+    """Cut arrays [A, b, whole S] of this device's rows to its pieces of the sequence and move them to the device.
+
+    ``extra`` may hold weights (default 1 a token), positions (default their place) and segments (documents; default none), shaped alike.
+    """
+    mine, pieces = chunks(par)
+    length = tokens.shape[-1]
+    if length % pieces:
+        raise UserError(f"a sequence of {length} tokens does not divide into the {pieces} pieces of rules {par.rules.name!r}.")
+    slots = np.arange(length).reshape(pieces, -1)[list(mine)].reshape(-1)
+    given = {"weights": np.ones(tokens.shape), "positions": np.broadcast_to(np.arange(length), tokens.shape), **(extra or {})}
+    arrays = {"tokens": tokens, "targets": targets, **given}
+    batch = {name: torch.from_numpy(np.ascontiguousarray(a[..., slots])) for name, a in arrays.items()}
+    batch["weights"] = batch["weights"].to(dtype)
+    batch |= {"rows": torch.from_numpy(np.ascontiguousarray(rows)), "slots": torch.from_numpy(slots)}
+    return {name: x.to(par.mesh.device_type, non_blocking=True) for name, x in batch.items()}

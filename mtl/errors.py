@@ -1,0 +1,16 @@
+"""The one kind of error a user can cause: it names the setting, its value, what was expected and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A setting, file or mesh that cannot work. Every rank finds the same one by itself, so rank 0 alone prints it."""
+
+
+def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
+    """Describe a name that does not exist, with the nearest that does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(value, known, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {value!r}.{hint} Known: {', '.join(known)}.")

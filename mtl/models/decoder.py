@@ -1,0 +1,253 @@
+"""The decoder family: GPT-2/3, Llama, Mistral and Falcon by configuration. Four pure functions: specs, embed, block, head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtl import random
+from mtl.errors import UserError, unknown
+from mtl.ops.attention import attention
+from mtl.ops.cross_entropy import cross_entropy, next_token_logits
+from mtl.ops.dropout import dropout
+from mtl.ops.embedding import embedding
+from mtl.ops.linear import fetch, linear
+from mtl.ops.norm import layer_norm, rms_norm
+from mtl.ops.remat import remat
+from mtl.ops.rotary import angles, rotate
+from mtl.params import ParamSpec
+from mtl.sharding.parallel import Parallel
+
+Params = Mapping[str, Any]
+Stream = dict[str, Tensor]
+"""What travels beside the residual stream: rotary angles, document numbers, dropout's counters."""
+
+GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+PLAIN = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": lambda x: F.relu(x).square()}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and switches of a decoder. ``kv_heads`` below ``heads`` is grouped-query attention, 1 is multi-query."""
+
+    vocab: int
+    layers: int
+    embed: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    head_size: int = 64
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    positions: Literal["rotary", "learned", "none"] = "rotary"
+    max_positions: int = 0
+    rope_theta: float = 10000.0
+    rope_pairs: Literal["half", "interleaved"] = "half"
+    activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+    parallel: Literal["none", "one_norm", "two_norms"] = "none"
+    window: int | None = None
+    qk_norm: bool = False
+    dropout_embed: float = 0.0
+    dropout_attention: float = 0.0
+    dropout_mlp: float = 0.0
+    z_loss: float = 0.0
+    init_std: float = 0.02
+    attention_impl: str = "auto"
+    loss_impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be a model."""
+        for name in ("vocab", "layers", "embed", "heads", "kv_heads", "mlp", "head_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.heads % self.kv_heads:
+            raise UserError(f"model.heads {self.heads} does not divide by model.kv_heads {self.kv_heads}: every key head serves equally many.")
+        if self.positions == "learned" and self.max_positions < 1:
+            raise UserError("model.positions is learned, so model.max_positions must say how many there are (at least 1).")
+        if self.positions == "rotary" and self.head_size % 2:
+            raise UserError(f"model.head_size is {self.head_size}: rotary positions need an even head size.")
+        if self.window is not None and self.window < 1:
+            raise UserError(f"model.window is {self.window}: a sliding window sees at least 1 token, or None for all.")
+        if self.activation not in GATED | PLAIN:
+            raise unknown("model.activation", self.activation, GATED | PLAIN)
+        for name in ("dropout_embed", "dropout_attention", "dropout_mlp"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: a dropout rate lies from 0 to under 1.")
+
+
+def specs(cfg: Config) -> dict[str, Any]:
+    """Declare every parameter. Weights of products start with the embed axis, which FSDP splits, so that gathers need no copies."""
+    count, d, h, g, k, f = cfg.layers, cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_size, cfg.mlp
+    std, deep = cfg.init_std, cfg.init_std / (2 * cfg.layers) ** 0.5
+    layers: dict[str, Any] = {
+        "norm1": _norm_specs(cfg, count),
+        "query": {"weight": ParamSpec((count, d, h, k), "LDHK", std)},
+        "key": {"weight": ParamSpec((count, d, g, k), "LDGK", std)},
+        "value": {"weight": ParamSpec((count, d, g, k), "LDGK", std)},
+        "out": {"weight": ParamSpec((count, d, h, k), "LDHK", deep)},
+        "up": {"weight": ParamSpec((count, d, f), "LDF", std)},
+        "down": {"weight": ParamSpec((count, d, f), "LDF", deep)},
+    }
+    if cfg.parallel != "one_norm":
+        layers["norm2"] = _norm_specs(cfg, count)
+    if cfg.activation in GATED:
+        layers["gate"] = {"weight": ParamSpec((count, d, f), "LDF", std)}
+    if cfg.qk_norm:
+        layers["query_norm"] = layers["key_norm"] = {"weight": ParamSpec((count, k), "LK", fill=1.0)}
+    if cfg.qkv_bias:
+        layers["query"]["bias"] = ParamSpec((count, h, k), "LHK")
+        layers["key"]["bias"] = layers["value"]["bias"] = ParamSpec((count, g, k), "LGK")
+    if cfg.out_bias:
+        layers["out"]["bias"] = ParamSpec((count, d), "LW")
+    if cfg.mlp_bias:
+        layers["up"]["bias"], layers["down"]["bias"] = ParamSpec((count, f), "LF"), ParamSpec((count, d), "LW")
+        if cfg.activation in GATED:
+            layers["gate"]["bias"] = ParamSpec((count, f), "LF")
+    tree: dict[str, Any] = {"embed": {"weight": ParamSpec((cfg.vocab, d), "VD", std)}, "layers": layers, "norm": _norm_specs(cfg)}
+    if cfg.positions == "learned":
+        tree["positions"] = {"weight": ParamSpec((cfg.max_positions, d), "PD", std)}
+    if not cfg.tied:
+        tree["head"] = {"weight": ParamSpec((d, cfg.vocab), "DV", std)}
+    return tree
+
+
+def sizes(cfg: Config) -> dict[str, int]:
+    """Give the global size of every logical axis that the model has."""
+    return {
+        "layers": cfg.layers,
+        "vocab": cfg.vocab,
+        "embed": cfg.embed,
+        "heads": cfg.heads,
+        "core_heads": cfg.heads,
+        "kv_heads": cfg.kv_heads,
+        "core_kv_heads": cfg.kv_heads,
+        "head": cfg.head_size,
+        "mlp": cfg.mlp,
+        "norm": cfg.embed,
+        "positions": cfg.max_positions,
+    }
+
+
+def embed(cfg: Config, par: Parallel, params: Params, batch: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Stream]:
+    """Turn tokens (B, S) into the residual stream (B, R, D) and what travels beside it.
+
+    batch has tokens and positions (B, S), and where used segments (B, S), rows [B], slots (S) and key [].
+    """
+    x = embedding(par, batch["tokens"], params["embed"]["weight"], dtype)
+    stream: Stream = {}
+    if cfg.positions == "learned":
+        table = fetch(par, "PD", params["positions"]["weight"], dtype)
+        x = x + par.reshard(F.embedding(batch["positions"], table), "BSD", "BRD")
+    if cfg.positions == "rotary":
+        stream["cos"], stream["sin"] = angles(batch["positions"], cfg.head_size, cfg.rope_theta)
+    if "segments" in batch:
+        stream["segments"] = batch["segments"]
+    if cfg.dropout_embed or cfg.dropout_attention or cfg.dropout_mlp:
+        stream |= {"rows": batch["rows"], "slots": par.reshard(batch["slots"], "S", "R"), "key": batch["key"]}
+        x = _drop(cfg.dropout_embed, par, x, stream, site=0)
+    return x, stream
+
+
+def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, selective: bool = False) -> Tensor:
+    """Apply one layer to the residual stream (B, R, D). ``selective`` recomputes the attention core and the MLP's inside in backward."""
+    again = remat if selective else _as_is
+    h = par.reshard(_norm(cfg, p["norm1"], x), "BRD", "BSD")
+    attended = _drop(cfg.dropout_attention, par, _attention(cfg, par, p, h, stream, again), stream, site=1)
+    if cfg.parallel == "none":
+        x = x + attended
+        h = par.reshard(_norm(cfg, p["norm2"], x), "BRD", "BSD")
+        return x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, again), stream, site=2)
+    if cfg.parallel == "two_norms":
+        h = par.reshard(_norm(cfg, p["norm2"], x), "BRD", "BSD")
+    return x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, again), stream, site=2)
+
+
+def head(cfg: Config, par: Parallel, params: Params, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Give this device's share of (loss, cross-entropy), both summed over the target tokens with their weights."""
+    x = par.reshard(_norm(cfg, params["norm"], x), "BRD", "BSD")
+    letters, weight = _head_weight(cfg, params)
+    return cross_entropy(par, letters, x, weight, batch["targets"], batch["weights"], cfg.z_loss, cfg.loss_impl)
+
+
+def logits(cfg: Config, par: Parallel, params: Params, x: Tensor) -> Tensor:
+    """Give the logits (B, S, vocab), the vocabulary whole."""
+    x = par.reshard(_norm(cfg, params["norm"], x), "BRD", "BSD")
+    letters, weight = _head_weight(cfg, params)
+    return next_token_logits(par, letters, x, weight)
+
+
+def layer_key(key: Tensor, layer: int) -> Tensor:
+    """Give one layer's key for dropout."""
+    return random.bits(random.key("layer", layer), key)
+
+
+def _head_weight(cfg: Config, params: Params) -> tuple[str, Tensor]:
+    return ("VD", params["embed"]["weight"]) if cfg.tied else ("DV", params["head"]["weight"])
+
+
+def _as_is(fn: Any) -> Any:
+    return fn
+
+
+def _norm_specs(cfg: Config, layers: int | None = None) -> dict[str, ParamSpec]:
+    shape, axes = ((cfg.embed,), "W") if layers is None else ((layers, cfg.embed), "LW")
+    weight = {"weight": ParamSpec(shape, axes, fill=1.0)}
+    return weight | {"bias": ParamSpec(shape, axes)} if cfg.norm_bias else weight
+
+
+def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
+    if cfg.norm == "rms":
+        y = rms_norm(x, p["weight"], cfg.norm_eps)
+        return y + p["bias"].to(y.dtype) if cfg.norm_bias else y
+    return layer_norm(x, p["weight"], p.get("bias"), cfg.norm_eps)
+
+
+def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
+    q = linear(par, "BSD,DHK->BSHK", h, p["query"]["weight"], p["query"].get("bias"))
+    k = linear(par, "BSD,DGK->BSGK", h, p["key"]["weight"], p["key"].get("bias"))
+    v = linear(par, "BSD,DGK->BSGK", h, p["value"]["weight"], p["value"].get("bias"))
+    norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
+
+    def core(q: Tensor, k: Tensor, v: Tensor, norms: dict[str, Tensor], stream: Stream) -> Tensor:
+        if cfg.qk_norm:
+            q, k = rms_norm(q, norms["query_norm"], cfg.norm_eps), rms_norm(k, norms["key_norm"], cfg.norm_eps)
+        if cfg.positions == "rotary":
+            q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
+        return attention(par, q, k, v, cfg.window, stream.get("segments"), cfg.attention_impl)
+
+    y = again(core)(q, k, v, norms, stream)
+    return linear(par, "BSHK,DHK->BRD", y, p["out"]["weight"], p["out"].get("bias"))
+
+
+def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, again: Any) -> Tensor:
+    up = linear(par, "BSD,DF->BSF", h, p["up"]["weight"], p["up"].get("bias"))
+    bias = p["down"].get("bias")
+
+    def down(w: Tensor, *inner: Tensor) -> Tensor:
+        if cfg.activation in GATED:
+            y = GATED[cfg.activation](inner[0]) * inner[1]
+        else:
+            y = PLAIN[cfg.activation](inner[0])
+        return linear(par, "BSF,DF->BRD", y, w)
+
+    inner = (up,)
+    if cfg.activation in GATED:
+        inner = (linear(par, "BSD,DF->BSF", h, p["gate"]["weight"], p["gate"].get("bias")), up)
+    out = again(down)(p["down"]["weight"], *inner)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def _drop(rate: float, par: Parallel, x: Tensor, stream: Stream, site: int) -> Tensor:
+    if rate == 0.0:
+        return x
+    key = stream["key"] + random.key("dropout", site)
+    return dropout(x, rate, key, stream["rows"], stream["slots"], par.sizes["seq"])

@@ -1,0 +1,118 @@
+"""The head and its loss: cross-entropy with the vocabulary whole or split over devices."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mtl.axes import LETTERS
+from mtl.errors import unknown
+from mtl.ops.linear import fetch, linear
+from mtl.precision import wide
+from mtl.sharding.collectives import pmax, psum
+from mtl.sharding.parallel import Parallel
+
+TILE = 4096
+"""The fused head computes logits for this many tokens at a time."""
+
+
+def cross_entropy(
+    par: Parallel, letters: str, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, z_loss: float = 0.0, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Give this device's share of (loss, plain cross-entropy): sums over tokens of weight times loss.
+
+    x is (B, S, D), targets and weights (B, S); w is the head at rest, "DV", or "VD" where it is the embedding table. Summed over all
+    devices the shares count every token once. ``z_loss`` times the squared log of the softmax's denominator is added to the loss. impl is
+    "plain", "fused" (logits live a tile at a time and are never kept) or "auto".
+    """
+    if impl not in ("auto", "plain", "fused"):
+        raise unknown("cross-entropy impl", impl, ("auto", "plain", "fused"))
+    if impl == "fused" or (impl == "auto" and x.device.type != "cpu"):
+        head = fetch(par, letters, w, x.dtype)
+        loss, entropy = _fused(par, x, head.t() if letters == "VD" else head, targets, weights, z_loss)
+    else:
+        logits = linear(par, f"BSD,{letters}->BSV", x, w).to(wide(x.dtype))
+        entropy_, square = _plain(par, _hide_padding(par, logits), targets)
+        entropy = (entropy_ * weights).sum()
+        loss = entropy + z_loss * (square * weights).sum()
+    share = 1.0 / par.copies("BS")
+    return loss * share, entropy * share
+
+
+def _hide_padding(par: Parallel, logits: Tensor) -> Tensor:
+    start, size = par.span("V")
+    real = par.sizes[LETTERS["V"]] - start
+    if real >= size:
+        return logits
+    return logits.masked_fill(torch.arange(size, device=logits.device) >= real, float("-inf"))
+
+
+def _plain(par: Parallel, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each token's cross-entropy and squared logsumexp, from logits with the vocabulary split."""
+    axes = par.axes("V")
+    start, size = par.span("V")
+    top = pmax(logits.detach().amax(-1), axes, par.mesh)
+    lse = top + psum((logits - top.unsqueeze(-1)).exp().sum(-1), axes, par.mesh).log()
+    local = targets - start
+    here = (local >= 0) & (local < size)
+    picked = logits.gather(-1, local.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1)
+    picked = psum(torch.where(here, picked, 0.0), axes, par.mesh)
+    return lse - picked, lse.square()
+
+
+def _fused(par: Parallel, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    out = _Fused.apply(x.flatten(0, 1), w, targets.flatten(), weights.flatten(), par, z_loss)
+    assert isinstance(out, tuple)
+    return out[0], out[1]
+
+
+class _Fused(Function):
+    """Loss and gradients tile by tile in forward; backward scales them. Weights of tokens should be near 1."""
+
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, par: Parallel, z_loss: float) -> tuple[Tensor, ...]:
+        axes, (start, size) = par.axes("V"), par.span("V")
+        dtype = wide(x.dtype)
+        loss = torch.zeros((), dtype=dtype, device=x.device)
+        entropy = torch.zeros((), dtype=dtype, device=x.device)
+        dx: list[Tensor] = []
+        dw: Tensor | None = None
+        for xs, ts, ws in zip(x.split(TILE), targets.split(TILE), weights.to(dtype).split(TILE), strict=True):
+            logits = _hide_padding(par, (xs @ w).to(dtype))
+            top = pmax(logits.amax(-1), axes, par.mesh)
+            lse = top + psum((logits - top.unsqueeze(-1)).exp().sum(-1), axes, par.mesh).log()
+            local = ts - start
+            here = (local >= 0) & (local < size)
+            picked = torch.where(here, logits.gather(-1, local.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1), 0.0)
+            plain = ((lse - psum(picked, axes, par.mesh)) * ws).sum()
+            entropy = entropy + plain
+            loss = loss + plain + z_loss * (lse.square() * ws).sum()
+            hit = torch.arange(size, device=x.device) == local.unsqueeze(-1)
+            share = (logits - lse.unsqueeze(-1)).exp() * (1.0 + 2.0 * z_loss * lse).unsqueeze(-1)
+            dlogits = ((share - hit.to(dtype)) * ws.unsqueeze(-1)).to(x.dtype)
+            dx.append(dlogits @ w.t())
+            part = (xs.t() @ dlogits).to(dtype)
+            dw = part if dw is None else dw + part
+        assert dw is not None
+        return loss, entropy, torch.cat(dx), dw
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[2], output[3])
+        ctx.par, ctx.dtype = inputs[4], inputs[1].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
+        dx, dw = ctx.saved_tensors
+        grad = psum(grad, ctx.par.axes("V"), ctx.par.mesh)
+        return dx * grad.to(dx.dtype), (dw * grad).to(ctx.dtype), None, None, None, None
+
+
+def next_token_logits(par: Parallel, letters: str, x: Tensor, w: Tensor) -> Tensor:
+    """Give whole logits (B, S, vocab) on every device of a row's group, for generation and tests."""
+    logits = linear(par, f"BSD,{letters}->BSV", x, w)
+    return par.reshard(logits, "BSV", "BS_")[..., : par.sizes["vocab"]]
+
+

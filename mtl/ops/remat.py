@@ -1,0 +1,57 @@
+"""Rematerialisation that torch.func and the compiler keep: save the inputs, run the function again for its pullback."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.func import vjp  # pyright: ignore[reportUnknownVariableType]
+
+from mtl import tree
+
+
+def remat(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap a function of trees of tensors (one result) so that its intermediate values are computed again in backward.
+
+    Collectives inside are issued again too. The function must not close over tensors that need a gradient.
+    """
+
+    def call(*args: Any) -> Tensor:
+        leaves, structure = tree.flatten(args)
+        out = _Remat.apply(fn, structure, *leaves)
+        assert isinstance(out, Tensor)
+        return out
+
+    return call
+
+
+class _Remat(Function):
+    @staticmethod
+    def forward(fn: Any, structure: Any, *leaves: Any) -> Any:
+        return fn(*tree.unflatten(structure, leaves))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.fn, ctx.structure = inputs[:2]
+        ctx.tensor = [isinstance(x, Tensor) for x in inputs[2:]]
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs[2:]]
+        ctx.save_for_backward(*(x for x in inputs[2:] if isinstance(x, Tensor)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        tensors = list(ctx.saved_tensors)
+        wanted = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+
+        def run(*floating: Tensor) -> Any:
+            values = list(tensors)
+            for i, x in zip(wanted, floating, strict=True):
+                values[i] = x
+            rest = iter(values)
+            leaves = [next(rest) if is_tensor else c for is_tensor, c in zip(ctx.tensor, ctx.constants, strict=True)]
+            return ctx.fn(*tree.unflatten(ctx.structure, leaves))
+
+        grads: list[Tensor | None] = [None] * len(tensors)
+        for i, g in zip(wanted, vjp(run, *(tensors[i] for i in wanted))[1](grad), strict=True):
+            grads[i] = g
+        given = iter(grads)
+        return None, None, *(next(given) if is_tensor else None for is_tensor in ctx.tensor)

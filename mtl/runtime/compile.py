@@ -1,0 +1,55 @@
+"""The only call of torch.compile."""
+
+import contextlib
+import importlib
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mtl import tree
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
+_dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
+_functorch_config: Any = importlib.import_module("torch._functorch.config")
+
+
+def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool = False) -> Callable[..., Any]:
+    """Compile a function from trees of tensors to trees of tensors into one graph.
+
+    The function is put into the graph whole, so that AOTAutograd alone traces it: it may use any Python, but whatever is not a tensor
+    argument counts as constant. A ``blockwise`` graph is differentiated by autograd: there AOTAutograd's search for common expressions is
+    off, since it would merge a weight's gather in backward with the one in forward and so keep every gathered weight.
+    """
+    graphs: dict[str, tuple[Callable[..., Any], list[Any]]] = {}
+
+    def call(*args: Any) -> Any:
+        leaves, structure = tree.flatten(args)
+        known = repr(structure)
+        if known not in graphs:
+            graphs[known] = _compile_flat(fn, structure, backend)
+        run, shape_of_result = graphs[known]
+        with _functorch_config.patch(cse=False) if blockwise else contextlib.nullcontext():
+            out = run(*leaves)
+        return tree.unflatten(shape_of_result[-1], out)
+
+    return call
+
+
+def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any) -> tuple[Callable[..., Any], list[Any]]:
+    result: list[Any] = []
+
+    @_dynamo.allow_in_graph
+    def whole(*leaves: Any) -> tuple[Any, ...]:
+        out, shape_of_result = tree.flatten(fn(*tree.unflatten(structure, leaves)))
+        result[:] = [shape_of_result]
+        return tuple(out)
+
+    def run(*leaves: Any) -> Any:
+        return whole(*leaves)
+
+    # Dynamo keeps its graphs with the code object and does not tell closures apart: every function gets a code object of its own.
+    own = types.FunctionType(run.__code__.replace(co_name=f"run_{fn.__name__}"), run.__globals__, closure=run.__closure__)
+    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False), result

@@ -1,0 +1,132 @@
+"""Process start and stop: device, backend, process group; one clear message when something is wrong. The only reader of the environment."""
+
+import contextlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from mtl.errors import UserError
+
+BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs among the others."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def place() -> Place:
+    """Find rank, world size and device from what torchrun says and what the machine has."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return Place(rank, world, local, _device(local))
+
+
+def prepare_environment(deterministic: bool = False) -> None:
+    """Set what must be set before a process group or a kernel exists; what the user set stays."""
+    os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+@contextlib.contextmanager
+def process_group(at: Place) -> Iterator[None]:
+    """Join the other processes (or none, without touching a network) for the time of the block."""
+    if at.device.type != "cpu" and at.device.type != "mps":
+        torch.accelerator.set_device_index(at.device.index)
+    backend = BACKENDS.get(at.device.type, "gloo")
+    bind = at.device if backend == "nccl" else None
+    if at.world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bind)
+    else:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bind)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def on_first_rank(check: Callable[[], str]) -> str:
+    """Run a function on rank 0 and give its result to every rank; its UserError ends all of them."""
+    answer: list[tuple[str, str]] = []
+    if dist.get_rank() == 0:
+        try:
+            answer = [("ok", check())]
+        except UserError as error:
+            answer = [("error", str(error))]
+    store: dist.Store = dist.distributed_c10d._get_default_store()  # pyright: ignore
+    if dist.get_world_size() > 1:
+        name = f"mtl/{check.__module__}.{check.__qualname__}"
+        if dist.get_rank() == 0:
+            store.set(name, "\n".join(answer[0]))
+        kind, _, text = store.get(name).decode().partition("\n")
+        dist.barrier()
+    else:
+        kind, text = answer[0]
+    if kind == "error":
+        raise UserError(text)
+    return text
+
+
+def guarded(main: Callable[[], None]) -> None:
+    """Run a program. A UserError prints one message (on rank 0) and ends with code 2; any other error prints its trace and ends with 1.
+
+    No rank is left waiting: a failing process leaves without tearing the process group down, and torchrun stops the others.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        main()
+    except UserError as error:
+        if rank == 0:
+            print(f"\nerror: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # rank 0 speaks first: torchrun stops all as soon as one has left
+        _leave(2)
+    except KeyboardInterrupt:
+        _leave(130)
+    except Exception:
+        print(f"\nerror on rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        _leave(1)
+
+
+def command_line() -> list[str]:
+    """Give the program's arguments."""
+    return sys.argv[1:]
+
+
+def cpu_threads() -> int:
+    """Say how many threads CPU kernels may use in this process."""
+    return torch.get_num_threads()
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.accelerator.is_available():
+        return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank} of this machine finds {count} {kind.type} devices: start at most {count} processes here (--nproc-per-node)."
+        )
+    return torch.device(kind.type, local_rank) if kind.type != "mps" else torch.device("mps")

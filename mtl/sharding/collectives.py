@@ -1,0 +1,194 @@
+"""Differentiable collectives over mesh axes. Each one's derivative is its exact transpose.
+
+The form is the one that works under torch.func and torch.compile alike: forward calls the raw functional op, backward applies the dual
+Function, and what the program calls is ``allow_in_graph``. A step's loss is the sum over devices of what each one returns, so psum is its
+own transpose.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from mtl.sharding.layout import Axes
+from mtl.sharding.mesh import Mesh
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+_ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
+_dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
+
+
+def all_gather(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
+    """Join the parts that lie along ``axes`` at dimension ``dim``."""
+    return x if mesh.size(axes) == 1 else _all_gather(x, dim, mesh.size(axes), mesh.group(axes))
+
+
+def psum_scatter(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
+    """Sum over ``axes`` and keep this device's part of dimension ``dim``."""
+    return x if mesh.size(axes) == 1 else _psum_scatter(x, dim, mesh.size(axes), mesh.group(axes))
+
+
+def psum(x: Tensor, axes: Axes, mesh: Mesh) -> Tensor:
+    """Sum over ``axes``."""
+    return x if mesh.size(axes) == 1 else _psum(x, mesh.group(axes))
+
+
+def pmax(x: Tensor, axes: Axes, mesh: Mesh) -> Tensor:
+    """Take the maximum over ``axes``; a constant to derivatives."""
+    return x if mesh.size(axes) == 1 else _pmax(x, mesh.group(axes))
+
+
+def all_to_all(x: Tensor, axes: Axes, mesh: Mesh, split: int, join: int) -> Tensor:
+    """Split dimension ``split`` over ``axes`` and join the parts of dimension ``join``."""
+    return x if mesh.size(axes) == 1 else _all_to_all(x, split, join, mesh.size(axes), mesh.group(axes))
+
+
+def permute(x: Tensor, axes: Axes, mesh: Mesh, shift: int = 1) -> Tensor:
+    """Send ``x`` to the device ``shift`` places further along ``axes`` (a ring) and take what comes from behind."""
+    return x if mesh.size(axes) == 1 else _permute(x, shift, mesh.index(axes), mesh.size(axes), mesh.group(axes))
+
+
+def gather_raw(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """Gather without a derivative: the piece that Functions are made of."""
+    out = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group))
+    return out if dim == 0 else out.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
+
+
+def scatter_raw(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """Sum and scatter without a derivative: the piece that Functions are made of."""
+    x = x if dim == 0 else x.unflatten(dim, (size, -1)).movedim(dim, 0).flatten(0, 1)
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+
+
+def permute_start(x: Tensor, shift: int, index: int, size: int, group: str) -> Tensor:
+    """Start a permute without a derivative; the result may be read after `wait`."""
+    send, receive = ([0] * size for _ in range(2))
+    send[(index + shift) % size] = x.shape[0]
+    receive[(index - shift) % size] = x.shape[0]
+    return _ops.all_to_all_single(x.contiguous(), receive, send, group)
+
+
+def wait(x: Tensor) -> Tensor:
+    """Wait for a collective that was started."""
+    return _ops.wait_tensor(x)
+
+
+class _AllGather(Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+        return gather_raw(x, dim, size, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.args = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _PsumScatter.apply(grad, *ctx.args), None, None, None
+
+
+class _PsumScatter(Function):
+    @staticmethod
+    def forward(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+        return scatter_raw(x, dim, size, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.args = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _AllGather.apply(grad, *ctx.args), None, None, None
+
+
+class _Psum(Function):
+    @staticmethod
+    def forward(x: Tensor, group: str) -> Tensor:
+        return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.group = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _Psum.apply(grad, ctx.group), None
+
+
+class _AllToAll(Function):
+    @staticmethod
+    def forward(x: Tensor, split: int, join: int, size: int, group: str) -> Tensor:
+        x = x.unflatten(split, (size, -1)).movedim(split, 0).contiguous()
+        rows = [x.shape[0] // size] * size
+        x = _ops.wait_tensor(_ops.all_to_all_single(x, rows, rows, group))
+        return x.movedim(0, join).flatten(join, join + 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.args = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        split, join, size, group = ctx.args
+        return _AllToAll.apply(grad, join, split, size, group), None, None, None, None
+
+
+class _Permute(Function):
+    @staticmethod
+    def forward(x: Tensor, shift: int, index: int, size: int, group: str) -> Tensor:
+        return wait(permute_start(x, shift, index, size, group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.args = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        shift, index, size, group = ctx.args
+        return _Permute.apply(grad, -shift, index, size, group), None, None, None, None
+
+
+class _Pmax(Function):
+    @staticmethod
+    def forward(x: Tensor, group: str) -> Tensor:
+        return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "max", group))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return torch.zeros_like(grad), None
+
+
+@_dynamo.allow_in_graph
+def _all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    return _AllGather.apply(x, dim, size, group)
+
+
+@_dynamo.allow_in_graph
+def _psum_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    return _PsumScatter.apply(x, dim, size, group)
+
+
+@_dynamo.allow_in_graph
+def _psum(x: Tensor, group: str) -> Tensor:
+    return _Psum.apply(x, group)
+
+
+@_dynamo.allow_in_graph
+def _pmax(x: Tensor, group: str) -> Tensor:
+    return _Pmax.apply(x, group)
+
+
+@_dynamo.allow_in_graph
+def _all_to_all(x: Tensor, split: int, join: int, size: int, group: str) -> Tensor:
+    return _AllToAll.apply(x, split, join, size, group)
+
+
+@_dynamo.allow_in_graph
+def _permute(x: Tensor, shift: int, index: int, size: int, group: str) -> Tensor:
+    return _Permute.apply(x, shift, index, size, group)

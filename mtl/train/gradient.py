@@ -1,0 +1,85 @@
+"""Gradients of a step: of each micro-batch, accumulated, then summed over the devices that hold the same parameter."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value  # pyright: ignore[reportUnknownVariableType]
+
+from mtl import tree
+from mtl.ops.linear import gather_step, scatter_step
+from mtl.optim.transforms import sum_of_squares
+from mtl.runtime.compile import compiled
+from mtl.sharding.collectives import psum
+from mtl.sharding.layout import missing_axes
+from mtl.sharding.parallel import Parallel
+from mtl.train.loss import Batch, Loss
+
+Gradient = Callable[[tree.Tree, Batch, Tensor], tuple[tree.Tree, Tensor]]
+
+
+def value_and_grad(loss: Loss, how: str, backend: Any) -> Gradient:
+    """Make ``gradient(params, batch, scale)``: gradients of scale times the loss, and this device's share of the summed cross-entropy.
+
+    ``how`` is none (torch.func, eager), step (torch.func in one compiled graph) or block (autograd over compiled blocks).
+    """
+
+    def scaled(params: Any, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
+        value, entropy = loss(params, batch)
+        return value * scale.to(value.dtype), torch.stack([value, entropy]).detach()
+
+    def functional(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
+        grads, (_, shares) = grad_and_value(scaled, has_aux=True)(params, batch, scale)
+        return grads, shares
+
+    def autograd(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
+        leaves, structure = tree.flatten(params)
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        with torch.enable_grad():
+            value, shares = scaled(tree.unflatten(structure, leaves), batch, scale)
+        return tree.unflatten(structure, torch.autograd.grad(value, leaves)), shares
+
+    if how == "block":
+        return autograd
+    return compiled(functional, backend) if how == "step" else functional
+
+
+def gather_weights(par: Parallel, letters: tree.Tree, params: tree.Tree, dtype: torch.dtype) -> tree.Tree:
+    """Bring all parameters to what the loss takes: whole and in the compute type where the rules gather once a step, else as they are."""
+    if par.rules.gather != "step":
+        return params
+    return tree.map(lambda axes, p: gather_step(par, axes, p, dtype), letters, params)
+
+
+def accumulate(gradient: Gradient, params: tree.Tree, batch: Batch, scale: Tensor, reduce: torch.dtype) -> tuple[tree.Tree, Tensor]:
+    """Sum the gradients of the micro-batches (first axis of the batch's per-sample arrays); give the shares [A, 2] of each too."""
+    shared = {"slots", "key"}
+    shares: list[Tensor] = []
+    total: Any = None
+    for i in range(batch["tokens"].shape[0]):
+        grads, share = gradient(params, {k: v if k in shared else v[i] for k, v in batch.items()}, scale)
+        shares.append(share)
+        if total is None:
+            total = tree.map(lambda g: g.to(torch.promote_types(g.dtype, reduce)), grads) if batch["tokens"].shape[0] > 1 else grads
+        else:
+            for t, g in zip(tree.leaves(total), tree.leaves(grads), strict=True):
+                t.add_(g)
+    return total, torch.stack(shares)
+
+
+def reduce_gradients(par: Parallel, letters: tree.Tree, grads: tree.Tree, params: tree.Tree) -> tree.Tree:
+    """Apply the one rule: a parameter's gradient is the local one, summed over every mesh axis on which the parameter is replicated."""
+
+    def one(axes: str, grad: Tensor, p: Tensor) -> Tensor:
+        if par.rules.gather == "step":
+            grad = scatter_step(par, axes, grad, p)
+        return psum(grad.to(p.dtype), missing_axes(par.layout(axes, "store"), par.mesh), par.mesh)
+
+    return tree.map(one, letters, grads, params)
+
+
+def global_norm(par: Parallel, letters: tree.Tree, grads: tree.Tree) -> Tensor:
+    """Give the norm of all gradients over the whole mesh, the same bits on every device."""
+    copies = [par.mesh.size(missing_axes(par.layout(axes, "store"), par.mesh)) for axes in tree.leaves(letters)]
+    return psum(sum_of_squares(tree.leaves(grads), copies), par.mesh.shape.active(), par.mesh).sqrt()

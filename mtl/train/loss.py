@@ -1,0 +1,84 @@
+"""From a model's four functions to one loss: the layers folded, rematerialised and, if asked, compiled block by block."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from mtl import tree
+from mtl.errors import UserError
+from mtl.ops.remat import remat
+from mtl.precision import Precision
+from mtl.runtime.compile import compiled
+from mtl.sharding.parallel import Parallel
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[tree.Tree, Batch], tuple[Tensor, Tensor]]
+
+
+class Model(Protocol):
+    """What a model module offers: pure functions of (config, parallel, parameters, activations)."""
+
+    specs: Any
+    sizes: Any
+    embed: Any
+    block: Any
+    head: Any
+    logits: Any
+    layer_key: Any
+
+
+@dataclass(frozen=True)
+class Remat:
+    """Which layers are computed again in backward: none, the insides of all (selective), all (full), or every n-th."""
+
+    kind: str
+    every: int = 1
+
+
+def parse_remat(text: str) -> Remat:
+    """Read none, selective, full or every:N."""
+    kind, _, number = text.partition(":")
+    if text in ("none", "selective", "full"):
+        return Remat(text)
+    if kind == "every" and number.isdigit() and int(number) > 0:
+        return Remat("full", int(number))
+    raise UserError(f"remat is {text!r}: expected none, selective, full or every:N (each N-th layer in full, N at least 1).")
+
+
+def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:
+    """Make ``fold(params, batch)``, the residual stream after the last layer. With ``backend``, each block is compiled (once for all)."""
+
+    def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
+        return model.block(config, par, p, x, stream)
+
+    def selective(p: Any, x: Tensor, stream: Any) -> Tensor:
+        return model.block(config, par, p, x, stream, selective=True)
+
+    ordinary = selective if again.kind == "selective" else plain
+    special = remat(plain) if again.kind == "full" else ordinary
+    if backend is not None:
+        ordinary, special = (compiled(f, backend, blockwise=True) for f in (ordinary, special))
+
+    def fold(params: Any, batch: Batch) -> Tensor:
+        x, stream = model.embed(config, par, params, batch, precision.compute)
+        pieces, structure = tree.flatten(params["layers"])
+        layers = zip(*(piece.unbind(0) for piece in pieces), strict=True)
+        for i, leaves in enumerate(layers):
+            run = special if i % again.every == 0 else ordinary
+            extra = {"key": model.layer_key(stream["key"], i)} if "key" in stream else {}
+            x = run(tree.unflatten(structure, leaves), x, stream | extra)
+        return x
+
+    return fold
+
+
+def make_loss(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Loss:
+    """Make ``loss(params, batch)``: this device's share of (loss, cross-entropy), summed over its target tokens."""
+    fold = make_fold(model, config, par, precision, again, backend)
+
+    def loss(params: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        return model.head(config, par, params, fold(params, batch), batch)
+
+    return loss

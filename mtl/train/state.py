@@ -1,0 +1,50 @@
+"""The train state: everything a run needs to go on, as trees of DTensors."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mtl import tree
+from mtl.optim.transforms import Optimizer
+from mtl.params import init
+from mtl.precision import Precision
+from mtl.sharding.layout import whole
+from mtl.sharding.mesh import Mesh
+from mtl.sharding.rules import Rules
+from mtl.sharding.shard_map import to_global
+
+FIRST_SCALE = 2.0**15
+SCALE_PATIENCE = 1000
+
+
+class TrainState(NamedTuple):
+    """Step (how many were taken), parameters and optimizer state; every leaf a DTensor."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def init_state(specs: tree.Tree, rules: Rules, mesh: Mesh, seed: int, precision: Precision, optimizer: Optimizer) -> TrainState:
+    """Make a fresh state: the same bits on every mesh. With a scaled precision, opt_state carries the loss scale too."""
+    params = init(specs, rules, mesh, seed, precision.param)
+    device = torch.device(mesh.device_type)
+    opt_state = {"optimizer": optimizer.init(params)}
+    if precision.scaled:
+        opt_state["loss_scale"] = {"scale": torch.tensor(FIRST_SCALE, device=device), "good_steps": torch.zeros((), device=device)}
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    return tree.map(lambda x: _replicated(x, mesh), TrainState(step, params, opt_state))
+
+
+def next_scale(state: tree.Tree, good: Tensor) -> tree.Tree:
+    """Halve the loss scale after an overflow, double it after SCALE_PATIENCE good steps."""
+    steps = torch.where(good, state["good_steps"] + 1, 0.0)
+    scale = torch.where(good, state["scale"], (state["scale"] / 2).clamp(min=1.0))
+    grown = steps >= SCALE_PATIENCE
+    return {"scale": torch.where(grown, scale * 2, scale), "good_steps": torch.where(grown, 0.0, steps)}
+
+
+def _replicated(x: Tensor, mesh: Mesh) -> DTensor:
+    return x if isinstance(x, DTensor) else to_global(x, x.shape, whole(x.dim()), mesh)

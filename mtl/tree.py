@@ -1,0 +1,54 @@
+"""Trees of tensors: nested dicts, tuples and lists, mapped over and named by path. The only user of torch's pytree."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.utils._pytree as pytree
+
+Tree = Any
+"""Nested dicts, tuples, lists and named tuples with leaves of any kind."""
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Any]:
+    """Split a tree into its leaves and its structure."""
+    return pytree.tree_flatten(tree)
+
+
+def unflatten(structure: Any, leaves: Iterable[Any]) -> Tree:
+    """Put leaves back into a structure that `flatten` gave."""
+    return pytree.tree_unflatten(list(leaves), structure)
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """List the leaves in order."""
+    return pytree.tree_leaves(tree)
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 (read as tree.map)
+    """Apply a function to the leaves of one tree, or of several of one structure."""
+    return pytree.tree_map(fn, tree, *rest)
+
+
+def paths(tree: Tree) -> list[tuple[str, Any]]:
+    """List (path, leaf) pairs; a path is its keys joined by dots, as in ``layers.attention.query``."""
+    return [(_spell(keys), leaf) for keys, leaf in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def map_paths(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """Apply ``fn(path, leaf)`` to every leaf."""
+    return pytree.tree_map_with_path(lambda keys, leaf: fn(_spell(keys), leaf), tree)
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """Add two trees leaf by leaf."""
+    return map(lambda x, y: x + y, a, b)
+
+
+def total(values: Iterable[Any]) -> Any:
+    """Sum at least one value, in order."""
+    return functools.reduce(lambda x, y: x + y, values)
+
+
+def _spell(keys: tuple[Any, ...]) -> str:
+    return ".".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)

@@ -1,0 +1,5 @@
+"""ZeRO-3: parameters are split at rest, gathered layer by layer, and gathered again in backward."""
+
+BASE = "single"
+STORE = {"embed": ("fsdp",)}
+ACT = {"batch": ("fsdp",)}

@@ -1,0 +1,45 @@
+"""One device: nothing is split."""
+
+STORE = {
+    "layers": (),
+    "vocab": (),
+    "embed": (),
+    "heads": (),
+    "kv_heads": (),
+    "head": (),
+    "mlp": (),
+    "experts": (),
+    "positions": (),
+    "norm": (),
+    "whole": (),
+}
+COMPUTE = {
+    "layers": (),
+    "vocab": (),
+    "embed": (),
+    "heads": (),
+    "kv_heads": (),
+    "head": (),
+    "mlp": (),
+    "experts": (),
+    "positions": (),
+    "norm": (),
+    "whole": (),
+}
+ACT = {
+    "batch": (),
+    "residual_seq": (),
+    "seq": (),
+    "query_seq": (),
+    "key_seq": (),
+    "embed": (),
+    "heads": (),
+    "kv_heads": (),
+    "head": (),
+    "core_heads": (),
+    "core_kv_heads": (),
+    "mlp": (),
+    "vocab": (),
+    "experts": (),
+    "whole": (),
+}

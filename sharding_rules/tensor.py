@@ -1,0 +1,48 @@
+"""Tensor parallelism with sequence parallelism: heads, MLP and vocabulary split inside layers, the sequence between them."""
+
+WHOLE = ("kv_heads", "core_kv_heads")
+PAD = ("vocab",)
+
+STORE = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head": (),
+    "mlp": ("tensor",),
+    "experts": (),
+    "positions": (),
+    "norm": (),
+    "whole": (),
+}
+COMPUTE = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head": (),
+    "mlp": ("tensor",),
+    "experts": (),
+    "positions": (),
+    "norm": (),
+    "whole": (),
+}
+ACT = {
+    "batch": ("replica",),
+    "residual_seq": ("tensor",),
+    "seq": (),
+    "query_seq": (),
+    "key_seq": (),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head": (),
+    "core_heads": ("tensor",),
+    "core_kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "experts": (),
+    "whole": (),
+}
