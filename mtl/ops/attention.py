@@ -168,12 +168,21 @@ class _Ring(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        q, k, v, sq, sk, out, lse = ctx.saved_tensors
-        plan: _Plan = ctx.plan
+        grads = _RingBackward.apply(grad, *ctx.saved_tensors, ctx.plan)
+        assert isinstance(grads, tuple)
+        return *grads, None, None, None
+
+
+class _RingBackward(Function):
+    """The pullback, as a Function of its own because raw collectives refuse torch.func; it has no derivative itself."""
+
+    @staticmethod
+    def forward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sq: Any, sk: Any, out: Tensor, lse: Tensor, plan: _Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
         index, size, group = plan.ring
-        wider = lse.dtype
-        dq = torch.zeros_like(q, dtype=wider)
-        carried = [torch.zeros_like(x, dtype=wider) for x in (k, v)]
+        dq = torch.zeros_like(q, dtype=lse.dtype)
+        carried = [torch.zeros_like(x, dtype=lse.dtype) for x in (k, v)]
         for turn, parts in plan.turns([k, v] if sk is None else [k, v, sk]):
             for rows, cols, mask in plan.blocks(turn, plan.window is not None):
                 qs, ks, vs = q[:, rows], parts[0][:, cols], parts[1][:, cols]
@@ -185,7 +194,15 @@ class _Ring(Function):
                 carried = [_put(c, c[:, cols] + g, 1, cols) for c, g in zip(carried, (gk, gv), strict=True)]
             sent = [permute_start(c.transpose(0, 1), 1, index, size, group) for c in carried]
             carried = [wait(c).transpose(0, 1) for c in sent]
-        return dq.to(q.dtype), *(c.to(k.dtype) for c in carried), None, None, None
+        return dq.to(q.dtype), carried[0].to(k.dtype), carried[1].to(v.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("ring attention has no second derivative: use rules that gather keys (context) for it")
 
 
 def _put(x: Tensor, part: Tensor, dim: int, where: slice) -> Tensor:

@@ -33,6 +33,18 @@ def place() -> Place:
     return Place(rank, world, local, _device(local))
 
 
+def place_rank() -> int:
+    """Give this process's rank."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def leave_together(code: int) -> None:
+    """End with ``code`` after rank 0 has spoken: torchrun stops all processes as soon as one has left."""
+    if code and place_rank():
+        time.sleep(3)
+    _leave(code)
+
+
 def prepare_environment(deterministic: bool = False) -> None:
     """Set what must be set before a process group or a kernel exists; what the user set stays."""
     os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
@@ -87,15 +99,13 @@ def guarded(main: Callable[[], None]) -> None:
 
     No rank is left waiting: a failing process leaves without tearing the process group down, and torchrun stops the others.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = place_rank()
     try:
         main()
     except UserError as error:
         if rank == 0:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # rank 0 speaks first: torchrun stops all as soon as one has left
-        _leave(2)
+        leave_together(2)
     except KeyboardInterrupt:
         _leave(130)
     except Exception:

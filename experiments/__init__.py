@@ -1,0 +1,1 @@
+"""Scripts that wire everything together: one file a kind of run."""

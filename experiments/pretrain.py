@@ -1,0 +1,242 @@
+"""Pre-train a preset: `python experiments/pretrain.py PRESET --flags`, alone or under torchrun."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import tyro
+
+import sharding_rules
+from experiments.presets import PRESETS
+from experiments.provenance import provenance
+from experiments.settings import Experiment
+from mtl import params, tree
+from mtl.data.batches import BatchShape, batch_at, to_device
+from mtl.data.python_text import python_text
+from mtl.data.samples import Windows
+from mtl.errors import UserError, unknown
+from mtl.kernels import attention as attention_kernels
+from mtl.models import decoder
+from mtl.optim.optimizers import adamw, sgd
+from mtl.optim.schedules import schedule
+from mtl.precision import PRECISIONS, Precision
+from mtl.runtime import process
+from mtl.runtime.log import RunLog
+from mtl.sharding.mesh import MeshShape, make_mesh
+from mtl.sharding.parallel import Parallel
+from mtl.sharding.rules import Rules, check_mesh
+from mtl.train.evaluate import make_evaluate, make_logits, sample_token
+from mtl.train.loop import fit
+from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
+from mtl.train.state import init_state
+from mtl.train.step import StepOptions, make_step
+
+
+def main() -> None:
+    """Read the settings, check them, train, and show a sample."""
+    preset, setup = read_settings(process.command_line())
+    at = process.place()
+    process.prepare_environment(setup.deterministic)
+    rules, shape = choose_layout(setup, at.world)
+    precision = choose_precision(setup, at.device)
+    check(setup, rules, shape, precision, at.device)
+    with process.process_group(at):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(process.on_first_rank(lambda: str(claim_folder(setup.out or Path("runs") / f"{preset}-{stamp}"))))
+        run(preset, setup, rules, shape, precision, at, folder)
+
+
+def read_settings(arguments: list[str]) -> tuple[str, Experiment]:
+    """Take the preset's name (default tiny) from the front of the arguments and the rest as flags over it."""
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else "tiny"
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    flags = arguments[1:] if arguments and arguments[0] == preset else arguments
+    about = f"Pre-train {preset}. Presets: {', '.join(PRESETS)}."
+    try:
+        return preset, tyro.cli(
+            Experiment, args=flags, default=PRESETS[preset], description=about, prog=f"pretrain.py {preset}",
+            config=(tyro.conf.AvoidSubcommands,),
+            console_outputs=process.place_rank() == 0,
+        )  # fmt: skip
+    except SystemExit as stop:
+        process.leave_together(int(stop.code or 0))
+        raise
+
+
+def choose_layout(setup: Experiment, world: int) -> tuple[Rules, MeshShape]:
+    """Find rules and mesh: what is given, and for what is not, what fits."""
+    rules = sharding_rules.load(setup.rules) if setup.rules else None
+    shape = setup.mesh.shape(world, sharding_rules.world_axis(rules) if rules else "fsdp")
+    rules = rules or sharding_rules.load(sharding_rules.choose(shape))
+    check_mesh(rules, shape)
+    return rules, shape
+
+
+def choose_precision(setup: Experiment, device: torch.device) -> Precision:
+    """Find the precision policy."""
+    name = setup.precision if setup.precision != "auto" else ("bf16" if device.type in ("cuda", "xpu") else "fp32")
+    return PRECISIONS[name]
+
+
+def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:
+    """Give the size of every logical axis of this run; the batch counts a micro-batch over all devices."""
+    rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    seq = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), setup.train.seq_len)
+    return {**decoder.sizes(setup.model), **seq, "batch": rows * setup.train.micro_batch_size}
+
+
+def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, device: torch.device) -> None:
+    """Refuse settings that cannot work, before any process group or folder exists."""
+    model, train = setup.model, setup.train
+    specs = decoder.specs(model)
+    rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    BatchShape(train.global_batch_size, train.micro_batch_size, train.seq_len).check(rows)
+    if train.steps < 0 or train.eval_every < 0 or train.eval_samples < 1:
+        raise UserError("train.steps and train.eval-every must not be negative, and train.eval-samples must be at least 1.")
+    if model.positions == "learned" and train.seq_len > model.max_positions:
+        raise UserError(f"train.seq-len {train.seq_len} is longer than the model's {model.max_positions} learned positions (model.max-positions).")
+    if model.vocab < 256:
+        raise UserError(f"model.vocab is {model.vocab}: the built-in text is bytes and needs at least 256.")
+    for table in ("store", "compute"):
+        params.layouts(specs, rules, shape, table)
+    known = sizes(setup, rules, shape)
+    pieces = 2 if rules.order == "zigzag" else 1
+    split = math.prod(getattr(shape, axis) for axis in rules.act["seq"])
+    if split > 1 and train.seq_len % (split * pieces):
+        raise UserError(f"train.seq-len {train.seq_len} does not divide by {split * pieces}, the pieces that rules {rules.name!r} cut it into.")
+    for name in ("seq", "residual_seq", "query_seq", "key_seq", "heads", "core_heads", "kv_heads", "core_kv_heads", "mlp", "vocab"):
+        what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
+        rules.layout("act", (name,), (known[name],), shape, what)
+    make_step_options(setup, precision, device)
+    q, k = (torch.empty(1, 8, n, model.head_size, dtype=precision.compute, device=device) for n in (model.heads, model.kv_heads))
+    attention_kernels.choose(model.attention_impl, q, k, attention_kernels.Mask(True, model.window), None)
+
+
+def make_step_options(setup: Experiment, precision: Precision, device: torch.device) -> StepOptions:
+    """Say how the step runs."""
+    how = setup.compile if setup.compile != "auto" else ("step" if device.type == "cuda" else "none")
+    return StepOptions(precision, setup.remat, how, "inductor", setup.optim.clip, setup.train.seed)
+
+
+def claim_folder(folder: Path) -> Path:
+    """Make the run folder, or refuse one that holds a run already."""
+    if (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
+        raise UserError(f"--out {folder} holds another run (it has a config.json or metrics.jsonl). Choose another folder; nothing was changed.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").touch(exist_ok=False)
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made: {error}.") from None
+    return folder
+
+
+def run(preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place, folder: Path) -> Any:
+    """Train and give the final state."""
+    model, train, optim = setup.model, setup.train, setup.optim
+    mesh = make_mesh(shape, at.device.type)
+    par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce)
+    specs = decoder.specs(model)
+    mask = params.decayed(specs)
+    if optim.name == "adamw":
+        optimizer = adamw(mask, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.impl)
+    else:
+        optimizer = sgd(mask, optim.beta1, False, optim.weight_decay)
+    rate = schedule(optim.schedule, optim.lr, train.steps, optim.warmup_steps, optim.min_lr_ratio)
+    step = make_step(decoder, model, par, optimizer, rate, make_step_options(setup, precision, at.device))
+    state = init_state(specs, rules, mesh, train.seed, precision, optimizer)
+
+    if at.rank == 0:
+        whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": resolved(rules, shape, precision), **provenance()}
+        (folder / "config.json").write_text(json.dumps(whole, indent=2, default=str) + "\n")
+    wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
+    log = RunLog(folder, at.rank == 0, train.steps, wandb)
+    log.say(f"{preset}: {params.count(specs) / 1e6:.1f} M parameters, {precision.name} on {at.world} x {at.device.type}")
+    log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
+    texts = [(t if model.vocab >= 256 else t % model.vocab) for t in python_text()]
+    samples, held_out = Windows(texts[0], train.seed, "train"), Windows(texts[1], 0, "validation")
+    batches = BatchShape(train.global_batch_size, train.micro_batch_size, train.seq_len)
+
+    def batch(i: int) -> Any:
+        return batch_at(par, samples, i * train.global_batch_size, batches, precision.param)
+
+    hooks = [measured(setup, specs, at), evaluated(setup, par, precision, held_out), lambda i, state, record: log.write(tidy(record))]
+    try:
+        state = fit(state, step, batch, range(train.steps), hooks)
+        text = sample(setup, par, precision, state.params, texts[1]) if train.steps else ""
+    finally:
+        log.close()
+    log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl)")
+    log.say("next: torchrun --nproc-per-node 2 experiments/pretrain.py tiny --mesh.tensor 2 (the same numbers on two processes)")
+    return state
+
+
+def resolved(rules: Rules, shape: MeshShape, precision: Precision) -> dict[str, Any]:
+    """Say what the automatic choices came to."""
+    tables = {name: dict(getattr(rules, name)) for name in ("store", "compute", "act")}
+    return {"rules": rules.name, **tables, "gather": rules.gather, "order": rules.order, "mesh": shape.sizes(), "precision": precision.name}
+
+
+def measured(setup: Experiment, specs: Any, at: process.Place) -> Callable[[int, Any, dict[str, Any]], None]:
+    """Make the hook that adds speed and memory."""
+    peak = peak_flops(at.device)
+    flops = {name: flops_per_token(specs, setup.model, setup.train.seq_len, name == "mfu") for name in ("mfu", "mfu_full_attention")}
+
+    def hook(i: int, state: Any, record: dict[str, Any]) -> None:
+        rate = setup.train.global_batch_size * setup.train.seq_len / record["step_time"] / at.world
+        record["tokens_per_second_per_device"] = rate
+        record |= {name: None if peak is None else rate * count / peak for name, count in flops.items()}
+        record["peak_memory_gib"] = peak_memory_gib(at.device)
+
+    return hook
+
+
+def evaluated(setup: Experiment, par: Parallel, precision: Precision, held_out: Windows) -> Callable[[int, Any, dict[str, Any]], None]:
+    """Make the hook that evaluates every so many steps and at the end."""
+    train = setup.train
+    rows = par.mesh.size(par.axes("B")) * train.micro_batch_size
+    count = max(1, round(train.eval_samples / rows))
+    evaluate = make_evaluate(decoder, setup.model, par, precision)
+
+    def hook(i: int, state: Any, record: dict[str, Any]) -> None:
+        if i == train.steps or (train.eval_every and i % train.eval_every == 0):
+            shape = BatchShape(rows, train.micro_batch_size, train.seq_len)
+            batches = (batch_at(par, held_out, n * rows, shape, precision.param) for n in range(count))
+            record["eval_loss"] = evaluate(state.params, batches)
+            record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2)
+
+    return hook
+
+
+def tidy(record: dict[str, Any]) -> dict[str, Any]:
+    """Keep what metrics.jsonl shows."""
+    return {name: value for name, value in record.items() if name not in ("losses", "good", "entropy")}
+
+
+def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any, text: Any, prompt: bytes = b"def ", count: int = 120) -> str:
+    """Write on from a prompt, byte by byte; every device of the mesh takes part and gets the same text."""
+    logits = make_logits(decoder, setup.model, par, precision)
+    length, rows = setup.train.seq_len, setup.train.micro_batch_size
+    text_so_far = list(prompt[: length - 1])
+    while len(text_so_far) < min(length - 1, len(prompt) + count):
+        tokens = torch.zeros(1, rows, length, dtype=torch.int64)
+        tokens[..., : len(text_so_far)] = torch.tensor(text_so_far)
+        batch = to_device(par, tokens.numpy(), tokens.numpy(), torch.arange(rows).reshape(1, rows).numpy(), precision.param)
+        here = {k: v if k == "slots" else v[0] for k, v in batch.items()}
+        here["key"] = torch.zeros((), dtype=torch.int64, device=batch["tokens"].device)
+        last = (batch["slots"] == len(text_so_far) - 1).to(precision.compute)
+        picked = torch.einsum("s,sv->v", last, logits(weights, here)[0])
+        if par.axes("S"):
+            dist.all_reduce(picked, group=par.mesh.device_mesh.get_group(par.axes("S")[0]))
+        text_so_far.append(sample_token(picked[:256].float(), 0.7, setup.train.seed, len(text_so_far)))
+    return bytes(text_so_far).decode("utf-8", "replace")
+
+
+if __name__ == "__main__":
+    process.guarded(main)

@@ -1,0 +1,102 @@
+"""The settings of a run, as frozen dataclasses that tyro reads from the command line."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mtl.models import decoder
+from mtl.sharding.mesh import MeshShape
+
+
+@dataclass(frozen=True)
+class MeshSettings:
+    """Devices along each mesh axis. With none given, all devices go to one axis; one of them may be -1 (the rest)."""
+
+    pipe: int | None = None
+    replica: int | None = None
+    fsdp: int | None = None
+    expert: int | None = None
+    context: int | None = None
+    tensor: int | None = None
+
+    def shape(self, world: int, default_axis: str) -> MeshShape:
+        """Give the mesh for ``world`` devices."""
+        given = {name: size for name, size in vars(self).items() if size is not None}
+        return MeshShape(**(given or {default_axis: world})).fill(world)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Length and shape of a run."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    global_batch_size: int = 8
+    """Samples a step, over all devices."""
+    micro_batch_size: int = 1
+    """Samples a device takes through the model at once."""
+    seq_len: int = 1024
+    """Tokens a sample."""
+    seed: int = 0
+    """Decides initial values, order of the data and dropout."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out data; 0 evaluates at the end alone."""
+    eval_samples: int = 64
+    """Held-out samples an evaluation reads."""
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """Optimizer and learning rate."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.1
+    """The schedule ends at this share of lr."""
+    weight_decay: float = 0.1
+    """Decay of matrices; biases and norms have none."""
+    beta1: float = 0.9
+    """AdamW's first decay, or SGD's momentum."""
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    """Largest global gradient norm; 0 is no limit."""
+    impl: Literal["plain", "fused"] = "plain"
+    """AdamW compiled from plain operations, or torch's fused kernel."""
+
+
+@dataclass(frozen=True)
+class LogSettings:
+    """Where metrics go beside the run folder."""
+
+    wandb: bool = False
+    """Log to wandb too (WANDB_MODE=offline works)."""
+    project: str = "mtl"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One pre-training run."""
+
+    model: decoder.Config
+    mesh: MeshSettings = field(default_factory=MeshSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+    rules: str | None = None
+    """Parallel layout: a shipped table's name, a path to a table, or a module; by default chosen from the mesh."""
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bf16 on GPUs, fp32 elsewhere."""
+    compile: Literal["auto", "none", "block", "step"] = "auto"
+    """auto compiles the whole step on GPUs, nothing elsewhere."""
+    remat: str = "none"
+    """What is computed again in backward: none, selective, full, or every:N."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """The run folder; by default runs/PRESET-TIME."""
+    deterministic: bool = False
+    """Bitwise the same numbers every time."""

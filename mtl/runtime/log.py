@@ -1,0 +1,65 @@
+"""What a person and a program see of a run: a progress bar, metrics.jsonl, and wandb where asked."""
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """The run's outputs; on any rank but the first it does nothing."""
+
+    def __init__(self, folder: Path, first: bool, steps: int, wandb: Mapping[str, Any] | None = None) -> None:
+        """Open the folder's metrics.jsonl and the bar. ``wandb`` holds wandb.init's arguments, None switches it off."""
+        self.first = first
+        self.console = Console(quiet=not first, highlight=False)
+        if not first:
+            return
+        self._file = (folder / "metrics.jsonl").open("a")
+        self._wandb: Any = importlib.import_module("wandb").init(dir=folder, **wandb) if wandb is not None else None
+        self._live = sys.stdout.isatty()
+        self._told = 0.0
+        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn())
+        self._bar = Progress(
+            *columns, TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, disable=not self._live,
+        )  # fmt: skip
+        self._task = self._bar.add_task("train", total=steps, shown="")
+        self._begun, self._steps = time.perf_counter(), steps
+        self._bar.start()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one step's record to metrics.jsonl (and wandb) and move the bar."""
+        if not self.first:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
+        shown = f"loss {record['loss']:.4f}  {record['tokens_per_second_per_device']:,.0f} tokens/s"
+        if "eval_bits_per_byte" in record:
+            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}, {record['eval_bits_per_byte']:.3f} bits per byte")
+        self._bar.update(self._task, completed=record["step"], shown=shown)
+        now = time.perf_counter()
+        if not self._live and (now - self._told > 10 or record["step"] == self._steps):
+            left = (now - self._begun) / max(record["step"], 1) * (self._steps - record["step"])
+            self.say(f"step {record['step']}/{self._steps}  {shown}  left {left:.0f} s")
+            self._told = now
+
+    def close(self) -> None:
+        """End the bar and close what is open."""
+        if self.first:
+            self._bar.stop()
+            self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish()
