@@ -33,7 +33,7 @@ PRESETS: Mapping[str, Experiment] = MappingProxyType(
     {
         "tiny": Experiment(
             Config(256, 4, 256, 4, 2, 640, 64, tied=True, init_std=0.03),
-            train=TrainSettings(steps=300, global_batch_size=8, micro_batch_size=8, seq_len=256, eval_every=100, eval_samples=64),
+            train=TrainSettings(steps=360, global_batch_size=8, micro_batch_size=8, seq_len=256, eval_every=120, eval_samples=64),
             optim=OptimSettings(lr=3e-3, warmup_steps=20, weight_decay=0.1),
         ),
         "gpt2_124m": _large(_gpt(12, 768, 12), 1024, 6e-4, 32),

@@ -1,0 +1,107 @@
+"""A pool of gloo ranks for the whole test session: eight processes, forked from one that has imported torch, joined anew for every case."""
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+WORLD = 8
+ROOT = Path(__file__).parent.parent
+
+
+class Ranks:
+    """Runs ``module:function`` on the first ``world`` ranks; gives rank 0's result. An error on any rank is raised here."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.count = 0
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{self.folder.name}/pool")
+        listener.listen(WORLD)
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen([sys.executable, "-m", "tests.ranks", f"{self.folder.name}/pool"], cwd=ROOT, env=env, start_new_session=True)
+        listener.settimeout(120)
+        found = {}
+        for _ in range(WORLD):
+            stream = listener.accept()[0].makefile("rw")
+            found[int(stream.readline())] = stream
+        self.streams = [found[i] for i in range(WORLD)]
+
+    def run(self, case: str, world: int, /, **arguments: Any) -> Any:
+        """Run one case; arguments and results are JSON."""
+        self.count += 1
+        order = json.dumps({"case": case, "world": world, "store": f"{self.folder.name}/store{self.count}", "arguments": arguments})
+        for stream in self.streams[:world]:
+            stream.write(order + "\n")
+            stream.flush()
+        answers = [json.loads(stream.readline() or '{"error": "the rank died"}') for stream in self.streams[:world]]
+        errors = [f"rank {i}: {a['error']}" for i, a in enumerate(answers) if "error" in a]
+        if errors:
+            self.close()
+            self._start()
+            raise AssertionError("\n".join(errors))
+        return answers[0]["result"]
+
+    def close(self) -> None:
+        """End all ranks."""
+        os.killpg(self.process.pid, 9)
+        self.process.wait()
+        self.folder.cleanup()
+
+
+def _serve(path: str, rank: int) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    stream = connection.makefile("rw")
+    stream.write(f"{rank}\n")
+    stream.flush()
+    for line in stream:
+        order = json.loads(line)
+        try:
+            store = dist.FileStore(order["store"], order["world"])
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=order["world"])
+            module, _, name = order["case"].partition(":")
+            answer = {"result": getattr(importlib.import_module(module), name)(**order["arguments"])}
+            dist.destroy_process_group()
+            torch._dynamo.reset()
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        stream.write(json.dumps(answer) + "\n")
+        stream.flush()
+        if "error" in answer:
+            return
+
+
+def _fork(path: str) -> None:
+    import torch._dynamo  # what every rank needs, once
+    import torch._functorch.aot_autograd
+
+    import mtl.models.decoder
+    import mtl.train.step  # noqa: F401
+
+    children = []
+    for rank in range(WORLD):
+        child = os.fork()
+        if child == 0:
+            _serve(path, rank)
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+if __name__ == "__main__":
+    _fork(sys.argv[1])

@@ -1,0 +1,85 @@
+"""The promise: any mesh gives one device's numbers, to 1e-9 relative in float64."""
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import Ranks
+from tests.small import MESHES, MODELS
+
+Case = tuple[tuple[str, int], str, str, str, int]
+
+PLACES = [(table, world) for table, meshes in MESHES.items() for world in meshes if table != "single"]
+REMATS, HOWS, MICROS = ("none", "selective", "full"), ("none", "step", "block"), (1, 3)
+FULL: list[Case] = list(itertools.product(PLACES, MODELS, REMATS, ("none", "step"), MICROS))
+
+
+def pairwise(limit_compiled: int) -> list[Case]:
+    """Choose cases so that every pair of choices of two factors occurs; compiled ones on at most ``limit_compiled`` ranks."""
+    factors = (PLACES, list(MODELS), REMATS, HOWS, MICROS)
+    everything = [c for c in itertools.product(*factors) if c[3] == "none" or c[0][1] <= limit_compiled]
+    rng = random.Random(0)
+
+    def pairs(case: Case) -> set[object]:
+        # a place counts as its table and its world, so that every table meets every model
+        parts = [("table", case[0][0]), ("world", case[0][1]), *enumerate(case[1:])]
+        return {(a, b) for a, b in itertools.combinations(parts, 2)}
+
+    missing = set().union(*(pairs(c) for c in everything))
+    chosen: list[Case] = []
+    while missing:
+        best = max(rng.sample(everything, min(300, len(everything))), key=lambda c: len(pairs(c) & missing))
+        if pairs(best) & missing:
+            chosen.append(best)
+            missing -= pairs(best)
+    return chosen
+
+
+def check(ranks: Ranks, references: Path, case: Case) -> None:
+    """Compare one case with one device."""
+    (table, world), model, remat, how, micros = case
+    path = references / f"{model}-{micros}.safetensors"
+    if not path.exists():
+        ranks.run("tests.cases.train:reference", 1, model=model, micros=micros, path=str(path))
+    found = ranks.run(
+        "tests.cases.train:parity", world, table=table, world=world, model=model, remat=remat, how=how, micros=micros, path=str(path)
+    )  # fmt: skip
+    assert found["error"] < 1e-9, found
+    assert found["moved"] > 1e-3, "the reference's loss hardly moved: the comparison proves nothing"
+
+
+def name(case: Case) -> str:
+    """Name a case in the test report."""
+    return "-".join(str(part) for part in (*case[0], *case[1:]))
+
+
+COMPILED: list[Case] = [
+    (("fsdp_tensor", 4), "llama", "none", "step", 1),
+    (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
+    (("hsdp", 4), "gpt", "selective", "step", 3),
+]
+"""A few on more ranks: tracing for four ranks on two cores takes half a minute."""
+
+
+@pytest.mark.parametrize("case", pairwise(limit_compiled=2) + COMPILED, ids=name)
+def test_mesh_equals_one_device(ranks: Ranks, references: Path, case: Case) -> None:
+    check(ranks, references, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL, ids=name)
+def test_full_product(ranks: Ranks, references: Path, case: Case) -> None:
+    check(ranks, references, case)
+
+
+def test_accumulation_does_not_change_the_numbers(ranks: Ranks, references: Path) -> None:
+    """One micro-batch or three: the mean is over all target tokens of the global batch."""
+    path = references / "llama-1.safetensors"
+    if not path.exists():
+        ranks.run("tests.cases.train:reference", 1, model="llama", micros=1, path=str(path))
+    found = ranks.run(
+        "tests.cases.train:parity", 2, table="fsdp", world=2, model="llama", remat="none", how="none", micros=3, path=str(path)
+    )
+    assert found["error"] < 1e-9, found
