@@ -237,7 +237,7 @@ def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, again: Any) -> Tensor
             y = GATED[cfg.activation](inner[0]) * inner[1]
         else:
             y = PLAIN[cfg.activation](inner[0])
-        return linear(par, "BSF,DF->BRD", y, w)
+        return linear(par.keeping() if again is remat else par, "BSF,DF->BRD", y, w)
 
     inner = (up,)
     if cfg.activation in GATED:

@@ -55,10 +55,10 @@ def linear(par: Parallel, spelling: str, x: Tensor, w: Tensor, bias: Tensor | No
     flat = x.flatten(-len(shared)) if len(shared) > 1 else x
     rows = flat.flatten(0, -2)
     split = len(new) if transposed else len(shared)
-    if move.gathers:
+    if move.gathers and par.regather:
         y = _GatheredMatmul.apply(rows, w, split, transposed, move)
     else:
-        matrix = w.to(x.dtype).flatten(split).flatten(0, split - 1)
+        matrix = _matrix(_moved(w, x.dtype, move), split)
         y = rows @ (matrix.t() if transposed else matrix)
     assert isinstance(y, Tensor)
     sizes = [_local_size(par, right, c) for c in new]
@@ -73,10 +73,7 @@ def linear(par: Parallel, spelling: str, x: Tensor, w: Tensor, bias: Tensor | No
 def fetch(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring a weight from rest to its compute layout, padded, in ``dtype``; the derivative scatters."""
     w = _padded(par, letters, w)
-    move = _move(par, letters, w)
-    out = _Fetch.apply(w, dtype, move) if move.gathers else w.to(dtype)
-    assert isinstance(out, Tensor)
-    return out
+    return _moved(w, dtype, _move(par, letters, w))
 
 
 def gather_step(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,6 +84,12 @@ def gather_step(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> T
 def scatter_step(par: Parallel, letters: str, grad: Tensor, rest: Tensor) -> Tensor:
     """Sum a step's gradient of a gathered weight over devices and keep the part at rest: the transpose of `gather_step`."""
     return _move(par, letters, rest, step=True).give(grad)
+
+
+def _moved(w: Tensor, dtype: torch.dtype, move: _Move) -> Tensor:
+    out = _Fetch.apply(w, dtype, move) if move.gathers else w.to(dtype)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _move(par: Parallel, letters: str, w: Tensor, step: bool = False) -> _Move:

@@ -50,8 +50,8 @@ class MeshShape:
             sizes[free[0]] = world // known
         if math.prod(sizes.values()) != world:
             raise UserError(
-                f"the mesh {self} needs {'a multiple of ' if free else ''}{known} devices, but {world} process{'es' * (world != 1)} "
-                f"run (one per device). Start {known} with torchrun --nproc-per-node, or change the --mesh sizes; one of them may be -1 (the rest)."
+                f"the mesh {self} needs {'a multiple of ' if free else ''}{known} devices, but {world} process{'es run' if world != 1 else ' runs'} "
+                f"(one per device). Start {known} with torchrun --nproc-per-node, or change the --mesh sizes; one of them may be -1 (the rest)."
             )
         return MeshShape(**sizes)
 

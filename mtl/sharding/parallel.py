@@ -1,7 +1,7 @@
 """`Parallel`: a mesh, rules and the sizes of the logical axes. What model code asks for layouts, by letters."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,17 @@ from mtl.sharding.rules import Rules
 
 @dataclass(frozen=True, eq=False)
 class Parallel:
-    """Everything a pure function needs to know of where it runs. ``sizes`` maps logical axes to global sizes."""
+    """Everything a pure function needs to know of where it runs.
+
+    ``sizes`` maps logical axes to global sizes; ``reduce`` is the type of gradients on the wire. With ``regather`` a gathered weight is
+    dropped after use and gathered again in backward; without, it is kept, as inside what is computed again in backward anyway.
+    """
 
     mesh: Mesh
     rules: Rules
     sizes: Mapping[str, int]
     reduce: torch.dtype = torch.float32
+    regather: bool = True
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)
 
     def layout(self, letters: str, table: str = "act") -> Layout:
@@ -31,6 +36,10 @@ class Parallel:
             what = "parameter" if table != "act" else "activation"
             self._layouts[letters, table] = self.rules.layout(table, names, shape, self.mesh.shape, f"{what} {letters!r}")
         return self._layouts[letters, table]
+
+    def keeping(self) -> "Parallel":
+        """Give the same, but keeping gathered weights."""
+        return replace(self, regather=False)
 
     def axes(self, letter: str, table: str = "act") -> Axes:
         """Give the mesh axes that split one logical axis."""

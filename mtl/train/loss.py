@@ -56,8 +56,11 @@ def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, ag
     def selective(p: Any, x: Tensor, stream: Any) -> Tensor:
         return model.block(config, par, p, x, stream, selective=True)
 
+    def kept(p: Any, x: Tensor, stream: Any) -> Tensor:
+        return model.block(config, par.keeping(), p, x, stream)
+
     ordinary = selective if again.kind == "selective" else plain
-    special = remat(plain) if again.kind == "full" else ordinary
+    special = remat(kept) if again.kind == "full" else ordinary
     if backend is not None:
         ordinary, special = (compiled(f, backend, blockwise=True) for f in (ordinary, special))
 

@@ -70,7 +70,7 @@ def train(table: str, world: int, model: str, remat: str, how: str, micros: int)
         state, metrics = step(state, batch(par, config, i, micro, segments))
         found |= {f"loss.{i}": metrics["loss"], f"norm.{i}": metrics["grad_norm"], f"entropy.{i}": metrics["entropy"]}
         if i == 0:  # Adam's mean is now a tenth of the clipped gradient
-            found |= {f"grad.{path}": g.full_tensor() for path, g in tree.paths(state.opt_state["optimizer"][0]["mean"])}
+            found |= {f"grad.{path}": g.full_tensor().clone() for path, g in tree.paths(state.opt_state["optimizer"][0]["mean"])}
     return found | {f"param.{path}": p.full_tensor() for path, p in tree.paths(state.params)}
 
 

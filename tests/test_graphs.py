@@ -1,0 +1,77 @@
+"""Switched off must fail: collectives and products counted in the captured graph, for every table and remat choice."""
+
+from tests.ranks import Ranks
+
+LAYERS, WEIGHTS = 2, 7  # query, key, value, out, up, gate, down
+
+
+def counts(ranks: Ranks, table: str, world: int = 2, **choices: str) -> dict[str, int]:
+    """Count operations in the graph of one micro-batch's gradient."""
+    return ranks.run("tests.cases.graphs:counts", world, table=table, world=world, **choices)
+
+
+def test_one_device_and_data_parallel_have_no_collectives_in_a_micro_batch(ranks: Ranks) -> None:
+    for table, world in (("single", 1), ("ddp", 2), ("zero1", 2)):
+        found = counts(ranks, table, world)
+        assert found["all_gather"] == found["reduce_scatter"] == found["all_reduce"] == found["all_to_all"] == 0, (table, found)
+        assert found["mm"] == 3 * (WEIGHTS * LAYERS + 1)  # forward, and two products backward
+
+
+def test_fsdp_gathers_every_weight_again_in_backward(ranks: Ranks) -> None:
+    found = counts(ranks, "fsdp")
+    assert found["all_gather"] == 2 * (WEIGHTS * LAYERS + 1) + 1  # layers and head twice, the embedding once
+    assert found["reduce_scatter"] == WEIGHTS * LAYERS + 2
+    assert found["mm"] == 3 * (WEIGHTS * LAYERS + 1), "gathering again must not multiply again"
+
+
+def test_full_remat_multiplies_again_and_gathers_no_more(ranks: Ranks) -> None:
+    plain, full = counts(ranks, "fsdp"), counts(ranks, "fsdp", remat="full")
+    assert full["mm"] == plain["mm"] + (WEIGHTS - 1) * LAYERS or full["mm"] == plain["mm"] + WEIGHTS * LAYERS, (plain, full)
+    assert full["all_gather"] == plain["all_gather"]
+    assert full["activation"] == 2 * plain["activation"]
+    half = counts(ranks, "fsdp", remat="every:2")
+    assert plain["mm"] < half["mm"] < full["mm"]
+
+
+def test_selective_remat_repeats_the_cheap_parts_alone(ranks: Ranks) -> None:
+    plain, selective = counts(ranks, "single", 1), counts(ranks, "single", 1, remat="selective")
+    assert selective["mm"] == plain["mm"], "no product of weights is computed again"
+    assert selective["core"] == 2 * plain["core"] == 2 * LAYERS, "the attention core is"
+    assert selective["activation"] == 2 * plain["activation"] == 2 * LAYERS, "and the MLP's activation"
+
+
+def test_block_compile_keeps_remat_and_regather(ranks: Ranks) -> None:
+    plain, full = counts(ranks, "fsdp", how="block"), counts(ranks, "fsdp", how="block", remat="full")
+    assert plain["graphs"] == full["graphs"] == 2, "one graph forward and one backward serve all layers"
+    assert plain["all_gather"] == 2 * WEIGHTS
+    assert plain["mm"] == 3 * WEIGHTS
+    assert full["mm"] >= plain["mm"] + WEIGHTS - 1
+    assert full["all_gather"] == 2 * WEIGHTS
+
+
+def test_tensor_parallel_is_sequence_parallel(ranks: Ranks) -> None:
+    found = counts(ranks, "tensor")
+    # Forward gathers before attention, MLP and head, scatters after attention, MLP and embedding; backward transposes each.
+    assert found["all_gather"] == found["reduce_scatter"] == 2 * (2 * LAYERS + 1)
+    assert found["all_to_all"] == 0
+
+
+def test_context_gathers_keys_and_values(ranks: Ranks) -> None:
+    fsdp, context = counts(ranks, "fsdp"), counts(ranks, "context")
+    assert context["all_gather"] == fsdp["all_gather"] + 2 * LAYERS
+    assert context["reduce_scatter"] == fsdp["reduce_scatter"] + 2 * LAYERS
+
+
+def test_ring_passes_keys_round(ranks: Ranks) -> None:
+    found = counts(ranks, "ring", 4)
+    # Three turns send k and v forward; backward sends them again, and their gradients four times.
+    assert found["all_to_all"] == LAYERS * (3 * 2 + 3 * 2 + 4 * 2)
+    assert found["all_gather"] == counts(ranks, "fsdp", 4)["all_gather"], "no keys are gathered"
+
+
+def test_ulysses_turns_sequence_into_heads_and_back(ranks: Ranks) -> None:
+    assert counts(ranks, "ulysses")["all_to_all"] == 2 * 4 * LAYERS  # q, k, v and the result, both ways
+
+
+def test_a_step_is_one_graph(ranks: Ranks) -> None:
+    assert counts(ranks, "fsdp_tensor", 4)["graphs"] == 1
