@@ -16,7 +16,7 @@ import sharding_rules
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
-from mtl import params, tree
+from mtl import params
 from mtl.data.batches import BatchShape, batch_at, to_device
 from mtl.data.python_text import python_text
 from mtl.data.samples import Windows
@@ -101,7 +101,9 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     if train.steps < 0 or train.eval_every < 0 or train.eval_samples < 1:
         raise UserError("train.steps and train.eval-every must not be negative, and train.eval-samples must be at least 1.")
     if model.positions == "learned" and train.seq_len > model.max_positions:
-        raise UserError(f"train.seq-len {train.seq_len} is longer than the model's {model.max_positions} learned positions (model.max-positions).")
+        raise UserError(
+            f"train.seq-len {train.seq_len} is longer than the model's {model.max_positions} learned positions (model.max-positions)."
+        )
     if model.vocab < 256:
         raise UserError(f"model.vocab is {model.vocab}: the built-in text is bytes and needs at least 256.")
     for table in ("store", "compute"):
@@ -110,7 +112,9 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     pieces = 2 if rules.order == "zigzag" else 1
     split = math.prod(getattr(shape, axis) for axis in rules.act["seq"])
     if split > 1 and train.seq_len % (split * pieces):
-        raise UserError(f"train.seq-len {train.seq_len} does not divide by {split * pieces}, the pieces that rules {rules.name!r} cut it into.")
+        raise UserError(
+            f"train.seq-len {train.seq_len} does not divide by {split * pieces}, the pieces that rules {rules.name!r} cut it into."
+        )
     for name in ("seq", "residual_seq", "query_seq", "key_seq", "heads", "core_heads", "kv_heads", "core_kv_heads", "mlp", "vocab"):
         what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
         rules.layout("act", (name,), (known[name],), shape, what)
@@ -128,7 +132,9 @@ def make_step_options(setup: Experiment, precision: Precision, device: torch.dev
 def claim_folder(folder: Path) -> Path:
     """Make the run folder, or refuse one that holds a run already."""
     if (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
-        raise UserError(f"--out {folder} holds another run (it has a config.json or metrics.jsonl). Choose another folder; nothing was changed.")
+        raise UserError(
+            f"--out {folder} holds another run (it has a config.json or metrics.jsonl). Choose another folder; nothing was changed."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch(exist_ok=False)
@@ -219,7 +225,9 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in ("losses", "good", "entropy")}
 
 
-def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any, text: Any, prompt: bytes = b"def ", count: int = 120) -> str:
+def sample(
+    setup: Experiment, par: Parallel, precision: Precision, weights: Any, text: Any, prompt: bytes = b"def ", count: int = 120
+) -> str:
     """Write on from a prompt, byte by byte; every device of the mesh takes part and gets the same text."""
     logits = make_logits(decoder, setup.model, par, precision)
     length, rows = setup.train.seq_len, setup.train.micro_batch_size

@@ -87,7 +87,7 @@ def table(specs: tree.Tree, rules: Rules, mesh: MeshShape, itemsize: int = 4) ->
 
 
 def decayed(specs: tree.Tree) -> tree.Tree:
-    """Say which parameters weight decay applies to: matrices, that is those with two axes or more besides the layers, but no bias or norm."""
+    """Say which parameters weight decay applies to: those with two axes or more besides the layers, but no biases."""
     bias = {"HK", "GK"}
     return tree.map(lambda s: len(s.axes.replace("L", "")) > 1 and s.axes.replace("L", "") not in bias, specs)
 

@@ -25,7 +25,7 @@ def leaves(tree: Tree) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
-def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:  # noqa: A001 (read as tree.map)
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply a function to the leaves of one tree, or of several of one structure."""
     return pytree.tree_map(fn, tree, *rest)
 

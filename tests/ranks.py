@@ -28,7 +28,9 @@ class Ranks:
         listener.bind(f"{self.folder.name}/pool")
         listener.listen(WORLD)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.ranks", f"{self.folder.name}/pool"], cwd=ROOT, env=env, start_new_session=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", f"{self.folder.name}/pool"], cwd=ROOT, env=env, start_new_session=True
+        )
         listener.settimeout(120)
         found = {}
         for _ in range(WORLD):
@@ -86,8 +88,6 @@ def _serve(path: str, rank: int) -> None:
 
 
 def _fork(path: str) -> None:
-    import torch._dynamo  # what every rank needs, once
-    import torch._functorch.aot_autograd
 
     import mtl.models.decoder
     import mtl.train.step  # noqa: F401

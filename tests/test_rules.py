@@ -20,7 +20,9 @@ SHIPPED = sharding_rules.names()
 
 
 def test_the_shipped_tables_are_the_ones_named() -> None:
-    assert {"single", "ddp", "zero1", "fsdp", "hsdp", "tensor", "fsdp_tensor", "context", "ring", "ulysses", "fsdp_context_tensor"} <= set(SHIPPED)
+    assert {"single", "ddp", "zero1", "fsdp", "hsdp", "tensor", "fsdp_tensor", "context", "ring", "ulysses", "fsdp_context_tensor"} <= set(
+        SHIPPED
+    )
     assert set(SHIPPED) == set(MESHES), "every table is in the parity matrix"
 
 
@@ -67,7 +69,7 @@ def test_idle_axis() -> None:
 
 @pytest.mark.parametrize(("shape", "world"), [(MeshShape(tensor=3), 4), (MeshShape(fsdp=2), 1), (MeshShape(fsdp=-1, tensor=3), 4)])
 def test_mesh_that_is_not_the_world(shape: MeshShape, world: int) -> None:
-    with pytest.raises(UserError, match="process(es run| runs)"):
+    with pytest.raises(UserError, match=r"process(es run| runs)"):
         shape.fill(world)
 
 

@@ -23,7 +23,11 @@ def main() -> None:
                 continue
             try:
                 got = run(q, k, v, grad, mask, name)
-                error = "-" if want is None else "/".join(f"{((a.float() - b).norm() / b.norm()).item():.1e}" for a, b in zip(got, want, strict=True))
+                error = (
+                    "-"
+                    if want is None
+                    else "/".join(f"{((a.float() - b).norm() / b.norm()).item():.1e}" for a, b in zip(got, want, strict=True))
+                )
                 times = [timed(q, k, v, grad, mask, name) for _ in range(10)]
                 forward, both = (statistics.median(t[i] for t in times) for i in (0, 1))
                 flops = 4 * 2 * heads * length * length * 128 / 2

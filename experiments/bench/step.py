@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +19,11 @@ import tyro
 from experiments import pretrain
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
-from experiments.settings import MeshSettings
+from experiments.settings import Experiment, MeshSettings
 from mtl import params
 from mtl.data.batches import BatchShape, batch_at
+from mtl.data.python_text import python_text
+from mtl.data.samples import Windows
 from mtl.errors import unknown
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
@@ -58,6 +61,10 @@ class Bench:
     seed: int = 0
     fixed: bool = True
     """Draw all steps from one small set of samples, so that the loss can fall."""
+    text: bool = False
+    """Train on the built-in text instead of random tokens."""
+    profile: bool = False
+    """List one step's kernels by time at the end."""
     json: Path | None = None
 
 
@@ -101,44 +108,66 @@ def main() -> None:
         rate = schedule("constant", bench.lr, 1000, 5)
         step = make_step(decoder, model, par, optimizer, rate, pretrain.make_step_options(setup, precision, at.device))
         state = init_state(specs, rules, mesh, bench.seed, precision, optimizer)
-        samples = RandomTokens(model.vocab, bench.seed, 4 * total if bench.fixed else 1 << 40)
+        samples = (
+            Windows(python_text()[0], bench.seed, "train")
+            if bench.text
+            else RandomTokens(model.vocab, bench.seed, 4 * total if bench.fixed else 1 << 40)
+        )
         batches = BatchShape(total, bench.micro_batch_size, bench.seq_len)
         times: list[float] = []
         losses: list[float] = []
-        ready = [batch_at(par, samples, i * total, batches, precision.param) for i in range(4)]
+        ready = [batch_at(par, samples, i * total, batches, precision.param) for i in range(4 if not bench.text else bench.steps)]
         for i in range(bench.steps):
             start = time.perf_counter()
-            state, metrics = step(state, ready[i % 4])
+            state, metrics = step(state, ready[i % len(ready)])
             losses.append(metrics["loss"].item())
             times.append(time.perf_counter() - start)
-        report(bench, setup, rules.name, str(shape), at, times, losses, specs, total)
+        report(bench, setup, f"{rules.name} {shape}", at, times, losses)
+        if bench.profile:
+            table = kernel_table(lambda: step(state, ready[0]))
+            if at.rank == 0:
+                print(table, flush=True)
 
 
-def report(bench: Bench, setup: Any, rules: str, mesh: str, at: Any, times: list[float], losses: list[float], specs: Any, total: int) -> None:
+def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, times: list[float], losses: list[float]) -> None:
     """Print the line and write the object."""
     seconds = statistics.median(times[bench.warmup :])
-    speed = total * bench.seq_len / seconds / at.world
-    peak = peak_flops(at.device)
-    found: dict[str, Any] = {
-        "preset": bench.preset, "layers": setup.model.layers, "rules": rules, "mesh": mesh, "devices": at.world, "seq_len": bench.seq_len,
-        "micro_batch": bench.micro_batch_size, "precision": bench.precision, "reduce": bench.reduce, "compile": bench.compile,
-        "remat": bench.remat, "attention": bench.attention, "tokens_per_second_per_device": round(speed, 1), "step_ms": round(seconds * 1e3, 1),
-        "step_ms_min_max": [round(f(times[bench.warmup :]) * 1e3, 1) for f in (min, max)], "first_step_s": round(times[0], 1),
-        "mfu": None if peak is None else round(speed * flops_per_token(specs, setup.model, bench.seq_len) / peak, 4),
-        "mfu_full_attention": None if peak is None else round(speed * flops_per_token(specs, setup.model, bench.seq_len, False) / peak, 4),
-        "peak_memory_gib": round(peak_memory_gib(at.device), 2), "losses": losses, "date": time.strftime("%Y-%m-%d"), **provenance(),
-    }  # fmt: skip
+    total = setup.train.global_batch_size * bench.seq_len
+    speed = total / seconds / at.world
+    peak, specs = peak_flops(at.device), decoder.specs(setup.model)
+    flops = [flops_per_token(specs, setup.model, bench.seq_len, causal) for causal in (True, False)]
+    mfu = [None if peak is None else round(speed * f / peak, 4) for f in flops]
+    spread = [round(f(times[bench.warmup :]) * 1e3, 1) for f in (min, max)]
+    found: dict[str, Any] = {**dataclasses.asdict(bench), "chosen": chosen, "devices": at.world, "layers": setup.model.layers}
+    found |= {"tokens_per_second_per_device": round(speed, 1), "step_ms": round(seconds * 1e3, 1), "step_ms_min_max": spread}
+    found |= {"first_step_s": round(times[0], 1), "mfu": mfu[0], "mfu_full_attention": mfu[1], "losses": losses}
+    found |= {"peak_memory_gib": round(peak_memory_gib(at.device), 2), "date": time.strftime("%Y-%m-%d"), **provenance()}
     if at.rank == 0:
-        share = "" if peak is None else f"  causal MFU {found['mfu']:.1%}"
+        share = "" if mfu[0] is None else f"  causal MFU {mfu[0]:.1%}"
         print(
-            f"{bench.preset} {rules} {mesh} seq {bench.seq_len} x {bench.micro_batch_size} {bench.precision} compile {bench.compile} remat "
-            f"{bench.remat}: first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  {speed:,.0f} tokens/s/device{share}  "
-            f"peak {found['peak_memory_gib']} GiB  loss {losses[0]:.4f} -> {losses[-1]:.4f}",
+            f"{bench.preset} x{setup.model.layers} {chosen} seq {bench.seq_len} x {bench.micro_batch_size} {bench.precision} "
+            f"compile {bench.compile} remat {bench.remat} reduce {bench.reduce}: first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  "
+            f"{speed:,.0f} tokens/s/device{share}  peak {found['peak_memory_gib']} GiB  loss {losses[0]:.4f} -> {losses[-1]:.4f}",
             flush=True,
         )
         if bench.json:
             with bench.json.open("a") as file:
-                file.write(json.dumps(found) + "\n")
+                file.write(json.dumps(found, default=str) + "\n")
+
+
+def kernel_table(run: Callable[[], Any], rows: int = 22) -> str:
+    """Profile one step and list the kernels that take the most time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.accelerator.synchronize()
+    totals: dict[str, list[float]] = {}
+    for event in profile.events() or []:
+        if event.device_time_total:
+            entry = totals.setdefault(event.name[:110], [0.0, 0])
+            entry[0] += event.device_time_total / 1e3
+            entry[1] += 1
+    ranked = sorted(totals.items(), key=lambda item: -item[1][0])
+    return "\n".join(f"{ms:9.2f} ms {count:5.0f} x  {name}" for name, (ms, count) in ranked[:rows])
 
 
 if __name__ == "__main__":

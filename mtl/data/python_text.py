@@ -11,7 +11,18 @@ import numpy.typing as npt
 END = b"\x00"
 """Ends a document; it occurs in no text."""
 
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "idlelib", "turtledemo", "lib2to3", "ensurepip", "pydoc_data"}
+_LEFT_OUT = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "__pycache__",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "ensurepip",
+    "pydoc_data",
+}
 
 
 def python_text() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:

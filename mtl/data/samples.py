@@ -30,7 +30,9 @@ class Windows:
         """Give sample ``index``. Every epoch shifts the windows' borders by an amount of its own."""
         count = len(self.text) // length - 1
         if count < 1:
-            raise UserError(f"the {self.name} text has {len(self.text)} tokens: too few for sequences of {length - 1}; lower train.seq-len.")
+            raise UserError(
+                f"the {self.name} text has {len(self.text)} tokens: too few for sequences of {length - 1}; lower train.seq-len."
+            )
         epoch, place = divmod(index, count)
         key = random.key(self.seed, self.name, epoch)
         start = random.permute(key, place, count) * length + key % length

@@ -16,8 +16,6 @@ from torch.autograd import Function
 from mtl.errors import UserError, unknown
 from mtl.precision import wide
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 _aten: Any = torch.ops.aten
 
 

@@ -70,7 +70,9 @@ class Config:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
         if self.heads % self.kv_heads:
-            raise UserError(f"model.heads {self.heads} does not divide by model.kv_heads {self.kv_heads}: every key head serves equally many.")
+            raise UserError(
+                f"model.heads {self.heads} does not divide by model.kv_heads {self.kv_heads}: every key head serves equally many."
+            )
         if self.positions == "learned" and self.max_positions < 1:
             raise UserError("model.positions is learned, so model.max_positions must say how many there are (at least 1).")
         if self.positions == "rotary" and self.head_size % 2:

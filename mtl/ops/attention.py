@@ -1,4 +1,4 @@
-"""Attention over a sequence that may be split over devices: whole, with gathered keys, or as a ring. The table decides, by layouts alone."""
+"""Attention over a sequence that may be split over devices: whole, with gathered keys, or as a ring; the table decides."""
 
 from typing import Any
 
@@ -57,9 +57,7 @@ def _own_heads(par: Parallel, x: Tensor) -> Tensor:
     return x.index_select(2, torch.tensor(wanted, device=x.device))
 
 
-def _gathered(
-    par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, seen: Segments | None, scale: float, impl: str
-) -> Tensor:
+def _gathered(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, seen: Segments | None, scale: float, impl: str) -> Tensor:
     """Attend with every key at hand: each piece of the queries sees the keys up to its own end."""
     mine, pieces = chunks(par, "Q")
     if pieces == 1:
@@ -86,9 +84,7 @@ def _gathered(
     return torch.cat(out, 1)
 
 
-def _ring(
-    par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, seen: Segments | None, scale: float, impl: str
-) -> Tensor:
+def _ring(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, seen: Segments | None, scale: float, impl: str) -> Tensor:
     axes = par.axes("Q")
     size, index, group = par.mesh.size(axes), par.mesh.index(axes), par.mesh.group(axes)
     plan = _Plan(par, index, size, group, q.shape[1], window, scale, impl)
@@ -101,17 +97,15 @@ def _ring(
 class _Plan:
     """Which blocks of a ring step count: slices of the queries and keys at hand with one mask each."""
 
-    def __init__(
-        self, par: Parallel, index: int, size: int, group: str, length: int, window: int | None, scale: float, impl: str
-    ) -> None:
+    def __init__(self, par: Parallel, index: int, size: int, group: str, length: int, window: int | None, scale: float, impl: str) -> None:
         self.par, self.ring, self.length = par, (index, size, group), length
         self.window, self.scale, self.impl = window, scale, impl
 
     def blocks(self, turn: int, split: bool) -> list[tuple[slice, slice, Mask]]:
         """List the blocks of a turn, when the keys come from ``turn`` places behind. ``split`` keeps pieces apart (for windows)."""
         index, size, _ = self.ring
-        mine, pieces = _chunks(self.par, index, size)
-        theirs, _ = _chunks(self.par, (index - turn) % size, size)
+        mine = _chunks(self.par, index, size)[0]
+        theirs = _chunks(self.par, (index - turn) % size, size)[0]
         whole, piece = slice(0, self.length), self.length // len(mine)
         if not split and len(mine) == 1:
             relation = [(whole, whole, Mask(True, None, (mine[0] - theirs[0]) * piece))]

@@ -114,5 +114,3 @@ def next_token_logits(par: Parallel, letters: str, x: Tensor, w: Tensor) -> Tens
     """Give whole logits (B, S, vocab) on every device of a row's group, for generation and tests."""
     logits = linear(par, f"BSD,{letters}->BSV", x, w)
     return par.reshard(logits, "BSV", "BS_")[..., : par.sizes["vocab"]]
-
-

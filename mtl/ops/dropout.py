@@ -17,4 +17,3 @@ def dropout(x: Tensor, rate: float, key: Tensor, rows: Tensor, slots: Tensor, le
     index = place.unsqueeze(-1) * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
     keep = random.uniform(key, index) >= rate
     return x * keep.to(x.dtype) * (1.0 / (1.0 - rate))
-

@@ -44,7 +44,8 @@ def linear(par: Parallel, spelling: str, x: Tensor, w: Tensor, bias: Tensor | No
     In ``"BSF,DF->BRD"`` the shared letters (F) are contracted; if they are split over devices, the sum over those is taken on the way to
     the result's layout (B R D). The bias, of the result's new axes, is at rest too and whole or split like the result.
     """
-    (left, right), result = (part.split(",") if "," in part else part for part in spelling.split("->"))
+    operands, result = spelling.split("->")
+    left, right = operands.split(",")
     shared = "".join(c for c in right if c in left)
     new = "".join(c for c in right if c not in left)
     transposed = right != shared + new
@@ -100,7 +101,9 @@ def _move(par: Parallel, letters: str, w: Tensor, step: bool = False) -> _Move:
     for dim, (rest, use) in enumerate(zip(store.dims, compute.dims, strict=True)):
         extra = rest[len(use) :]
         if rest[: len(use)] != use:
-            raise ValueError(f"rules {par.rules.name!r}: {LETTERS[letters[dim]]} rests on {rest} but computes on {use}, which is not a prefix")
+            raise ValueError(
+                f"rules {par.rules.name!r}: {LETTERS[letters[dim]]} rests on {rest} but computes on {use}, which is not a prefix"
+            )
         if extra:
             gathers.append((dim, par.mesh.size(extra), par.mesh.group(extra)))
     return _Move(tuple(gathers), par.reduce, w.dtype)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.func import vjp  # pyright: ignore[reportUnknownVariableType]
+from torch.func import vjp
 
 from mtl import tree
 

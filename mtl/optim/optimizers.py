@@ -9,11 +9,16 @@ from mtl import tree
 from mtl.errors import UserError, unknown
 from mtl.optim.transforms import Optimizer, add_decayed_weights, chain, descend, momentum, scale_by_adam
 
+_fused_adamw_: Any = torch._fused_adamw_  # pyright: ignore
+
 
 def adamw(
     decay_mask: tree.Tree, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1, impl: str = "plain"
 ) -> Optimizer:
-    """Adam with decoupled weight decay where ``decay_mask`` is true. impl is "plain" (compiled into one pass) or "fused" (torch's kernel)."""
+    """Adam with decoupled weight decay where ``decay_mask`` is true.
+
+    impl is "plain" (compiled into one pass) or "fused" (torch's kernel).
+    """
     if impl not in ("plain", "fused"):
         raise unknown("optim.impl", impl, ("plain", "fused"))
     if impl == "fused":
@@ -41,7 +46,7 @@ def _fused_adamw(decay_mask: tree.Tree, b1: float, b2: float, eps: float, weight
             p, g, m, s = ([x for x, y in zip(c, mask, strict=True) if y is yes] for c in columns)
             if p:
                 steps = [moments["count"] + 1.0 for _ in p]
-                torch._fused_adamw_(  # pyright: ignore[reportPrivateUsage]
+                _fused_adamw_(
                     p, g, m, s, [], steps, lr=rate.to(torch.float32), beta1=b1, beta2=b2, weight_decay=weight_decay if yes else 0.0,
                     eps=eps, amsgrad=False, maximize=False, found_inf=1.0 - good.to(torch.float32),
                 )  # fmt: skip

@@ -43,7 +43,7 @@ SCHEDULES: Mapping[str, Callable[[Tensor, int, int, float], Tensor]] = MappingPr
 
 
 def schedule(name: str, peak: float, steps: int, warmup: int = 0, floor: float = 0.0) -> Schedule:
-    """Make a schedule: warm up linearly over ``warmup`` steps to ``peak``, then follow ``name`` to ``floor`` times the peak at ``steps``."""
+    """Make a schedule: linear warmup over ``warmup`` steps to ``peak``, then ``name`` down to ``floor`` times the peak at ``steps``."""
     if name not in SCHEDULES:
         raise unknown("optim.schedule", name, SCHEDULES)
     if warmup < 0 or not 0.0 <= floor <= 1.0 or peak < 0:

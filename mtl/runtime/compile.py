@@ -10,8 +10,6 @@ import torch
 
 from mtl import tree
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-
 _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
 _functorch_config: Any = importlib.import_module("torch._functorch.config")
 

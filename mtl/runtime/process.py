@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -55,14 +55,14 @@ def prepare_environment(deterministic: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def process_group(at: Place) -> Iterator[None]:
+def process_group(at: Place) -> Generator[None]:
     """Join the other processes (or none, without touching a network) for the time of the block."""
-    if at.device.type != "cpu" and at.device.type != "mps":
+    if at.device.type not in ("cpu", "mps"):
         torch.accelerator.set_device_index(at.device.index)
     backend = BACKENDS.get(at.device.type, "gloo")
     bind = at.device if backend == "nccl" else None
     if at.world == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bind)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bind)  # pyright: ignore
     else:
         dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bind)
     try:
@@ -136,7 +136,5 @@ def _device(local_rank: int) -> torch.device:
     assert kind is not None
     count = torch.accelerator.device_count()
     if local_rank >= count:
-        raise UserError(
-            f"process {local_rank} of this machine finds {count} {kind.type} devices: start at most {count} processes here (--nproc-per-node)."
-        )
+        raise UserError(f"process {local_rank} of this machine finds {count} {kind.type} devices: start at most {count} processes here.")
     return torch.device(kind.type, local_rank) if kind.type != "mps" else torch.device("mps")

@@ -14,8 +14,6 @@ from torch.autograd import Function
 from mtl.sharding.layout import Axes
 from mtl.sharding.mesh import Mesh
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
-
 _ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
 _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
 

@@ -49,9 +49,11 @@ class MeshShape:
         if free and world % known == 0:
             sizes[free[0]] = world // known
         if math.prod(sizes.values()) != world:
+            need = f"a multiple of {known}" if free else str(known)
+            runs = "1 process runs" if world == 1 else f"{world} processes run"
             raise UserError(
-                f"the mesh {self} needs {'a multiple of ' if free else ''}{known} devices, but {world} process{'es run' if world != 1 else ' runs'} "
-                f"(one per device). Start {known} with torchrun --nproc-per-node, or change the --mesh sizes; one of them may be -1 (the rest)."
+                f"the mesh {self} needs {need} devices, but {runs} (one per device). Start as many with torchrun "
+                "--nproc-per-node, or change the --mesh sizes; one of them may be -1 (the rest)."
             )
         return MeshShape(**sizes)
 

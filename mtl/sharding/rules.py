@@ -21,9 +21,10 @@ _SETTINGS = {"WHOLE": (), "PAD": (), "GATHER": "layer", "ORDER": "contiguous"}
 class Rules:
     """One parallel layout.
 
-    ``store`` places parameters at rest, ``compute`` places them in use (the difference is FSDP), ``act`` places activations. Names in
-    ``whole`` keep only as many of their axes as divide; names in ``pad`` may be cut unevenly and are padded in compute. ``gather`` says when
-    weights go from store to compute: each layer, or once a step. ``order`` is the order of the sequence over the devices that share it.
+    ``store`` places parameters at rest, ``compute`` places them in use (the difference is FSDP), ``act`` places activations.
+    Names in ``whole`` keep only as many of their axes as divide; names in ``pad`` may be cut unevenly and are padded in compute.
+    ``gather`` says when weights go from store to compute: each layer, or once a step. ``order`` is the order of the sequence over
+    the devices that share it.
     """
 
     name: str
@@ -152,5 +153,7 @@ def _rows(name: str, key: str, rows: Any, known: Iterable[str], base: Mapping[st
                 raise unknown(f"mesh axis in {key}[{logical!r}] of rules table {name!r}", axis, MESH_AXES)
     lacking = [logical for logical in known if logical not in merged]
     if lacking:
-        raise UserError(f"rules table {name!r}: {key} has no row for {', '.join(lacking)}. Every logical axis needs one; () keeps it whole.")
+        raise UserError(
+            f"rules table {name!r}: {key} has no row for {', '.join(lacking)}. Every logical axis needs one; () keeps it whole."
+        )
     return types.MappingProxyType(merged)

@@ -17,13 +17,8 @@ def to_global(local: Tensor, shape: Sequence[int], layout: Layout, mesh: Mesh) -
     want = box(shape, layout, mesh)[1]
     if tuple(local.shape) != want:
         raise ValueError(f"local shape {tuple(local.shape)} is not this device's part {want} of {tuple(shape)} in layout {layout}")
-    stride: list[int] = []
-    for size in reversed(shape):
-        stride.append(stride[-1] * max(1, last) if stride else 1)
-        last = size
-    return DTensor.from_local(
-        local, mesh.device_mesh, placements(layout, mesh), run_check=False, shape=torch.Size(shape), stride=tuple(reversed(stride))
-    )
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(local, mesh.device_mesh, placements(layout, mesh), run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def to_local(x: DTensor | Tensor) -> Tensor:

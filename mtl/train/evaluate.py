@@ -16,7 +16,9 @@ from mtl.sharding.shard_map import to_local
 from mtl.train.loss import Batch, Model, Remat, make_fold, make_loss
 
 
-def make_evaluate(model: Model, config: Any, par: Parallel, precision: Precision, backend: Any = None) -> Callable[[Any, Iterable[Batch]], float]:
+def make_evaluate(
+    model: Model, config: Any, par: Parallel, precision: Precision, backend: Any = None
+) -> Callable[[Any, Iterable[Batch]], float]:
     """Make ``evaluate(params, batches)``: the mean cross-entropy a token, in nats, over whole batches of shape [A, b, S]."""
     loss = make_loss(model, config, par, precision, Remat("none"))
 

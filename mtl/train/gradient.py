@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value  # pyright: ignore[reportUnknownVariableType]
+from torch.func import grad_and_value
 
 from mtl import tree
 from mtl.ops.linear import gather_step, scatter_step

@@ -17,7 +17,7 @@ class TrainingStopped(UserError):
 
 def fit(state: Any, step: Step, batch_at: Callable[[int], Any], steps: range, hooks: Sequence[Hook]) -> Any:
     """Run steps; ``batch_at(i)`` gives the batch of step i. Batches are made while the device works."""
-    batch = batch_at(steps.start) if len(steps) else None
+    batch: Any = batch_at(steps.start) if len(steps) else None
     for i in steps:
         start = time.perf_counter()
         state, metrics = step(state, batch)

@@ -11,7 +11,17 @@ import torch
 from mtl import tree
 
 PEAKS: Mapping[str, float] = MappingProxyType(
-    {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L4": 121e12}
+    {
+        "H200": 989e12,
+        "H100": 989e12,
+        "H800": 989e12,
+        "GH200": 989e12,
+        "B200": 2250e12,
+        "A100": 312e12,
+        "A800": 312e12,
+        "L40S": 362e12,
+        "L4": 121e12,
+    }
 )
 """Dense bf16 peaks from the vendors' data sheets."""
 

@@ -87,7 +87,13 @@ def make_update(par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedul
         after: dict[str, Any] = {"optimizer": opt_state}
         if options.precision.scaled:
             after["loss_scale"] = next_scale(state.opt_state["loss_scale"], good)
-        metrics: dict[str, Tensor] = {"loss": losses[:, 0].sum(), "entropy": losses[:, 1].sum(), "losses": losses[:, 0], "grad_norm": norm, "tokens": count}
+        metrics: dict[str, Tensor] = {
+            "loss": losses[:, 0].sum(),
+            "entropy": losses[:, 1].sum(),
+            "losses": losses[:, 0],
+            "grad_norm": norm,
+            "tokens": count,
+        }
         metrics |= {"learning_rate": rate, "good": good}
         if options.precision.scaled:
             metrics["loss_scale"] = after["loss_scale"]["scale"].clone()

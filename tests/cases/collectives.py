@@ -96,9 +96,7 @@ def round_trip_of_shard_map() -> dict[str, Any]:
     mesh = make_mesh(MeshShape(fsdp=2, tensor=2), "cpu")
     a, b = Layout((("fsdp",), ("tensor",))), Layout((("tensor",), ()))
     x, w = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    product = shard_map(
-        lambda p, q: {"y": collectives.psum(p @ q, ("tensor",), mesh)}, mesh, (a, b), {"y": Layout((("fsdp",), ()))}
-    )
+    product = shard_map(lambda p, q: {"y": collectives.psum(p @ q, ("tensor",), mesh)}, mesh, (a, b), {"y": Layout((("fsdp",), ()))})
     args = [to_global(_part(t, layout, mesh), t.shape, layout, mesh) for t, layout in ((x, a), (w, b))]
     out = product(*args)["y"]
     assert isinstance(out, DTensor) and out.shape == (8, 6) and out.to_local().shape == (4, 6)

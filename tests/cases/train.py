@@ -28,14 +28,18 @@ from tests.small import BATCH, MESHES, MODELS, SEQ
 SCHEDULE = schedule("cosine", 3e-2, 10, 2)
 
 
-def parallel(config: Config, rules: Rules, shape: MeshShape, micro: int, precision: Precision, device: str = "cpu", seq: int = SEQ) -> Parallel:
+def parallel(
+    config: Config, rules: Rules, shape: MeshShape, micro: int, precision: Precision, device: str = "cpu", seq: int = SEQ
+) -> Parallel:
     """Lay out a run."""
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     names = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), seq)
     return Parallel(make_mesh(shape, device), rules, {**decoder.sizes(config), **names, "batch": rows * micro}, precision.reduce)
 
 
-def batch(par: Parallel, config: Config, step: int, micro: int, segments: bool, size: int = BATCH, dtype: torch.dtype = torch.float64) -> Any:
+def batch(
+    par: Parallel, config: Config, step: int, micro: int, segments: bool, size: int = BATCH, dtype: torch.dtype = torch.float64
+) -> Any:
     """Make a batch whose weights, positions and documents are not trivial, cut for this device; a global batch is the same on any mesh."""
     rng = np.random.default_rng(step)
     seq = par.sizes["seq"]

@@ -1,0 +1,101 @@
+"""The command line as a user has it: runs alone and under torchrun, run folder, determinism, and what bad input gets."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHORT = ["--train.steps", "3", "--train.global-batch-size", "8", "--train.seq-len", "64", "--train.micro-batch-size", "1"]
+MODEL = ["--model.layers", "2", "--model.embed", "32", "--model.mlp", "48", "--model.head-size", "8"]
+FIELDS = {
+    "step", "loss", "grad_norm", "learning_rate", "tokens", "step_time", "tokens_per_second_per_device", "mfu", "mfu_full_attention",
+    "peak_memory_gib",
+}  # fmt: skip
+
+
+def start(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run pretrain.py as a user does."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    if ranks > 1:
+        program += ["--master-port", str(20000 + os.getpid() % 20000)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    command = [*program, "experiments/pretrain.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """Read metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_torchrun_gives_one_process_numbers(tmp_path: Path) -> None:
+    alone = start(["tiny", "--precision", "fp64", *SHORT, *MODEL, "--out", str(tmp_path / "one")])
+    assert alone.returncode == 0, alone.stderr
+    assert "run folder" in alone.stdout and "sample:" in alone.stdout and "next:" in alone.stdout
+    want = metrics(tmp_path / "one")
+    assert [m["step"] for m in want] == [1, 2, 3] and set(want[0]) == FIELDS
+    assert {"eval_loss", "eval_bits_per_byte"} <= set(want[-1])
+    config = json.loads((tmp_path / "one/config.json").read_text())
+    assert config["train"]["steps"] == 3 and config["versions"]["torch"] and config["resolved"]["rules"] == "single"
+    both = ["--rules", "fsdp_tensor", "--mesh.fsdp", "2", "--mesh.tensor", "-1"]
+    meshed = start(["tiny", "--precision", "fp64", *SHORT, *MODEL, *both, "--out", str(tmp_path / "four")], ranks=4)
+    assert meshed.returncode == 0, meshed.stderr
+    for a, b in zip(metrics(tmp_path / "four"), want, strict=True):
+        for name in ("loss", "grad_norm", "learning_rate", "tokens", "eval_loss"):
+            if name in b:
+                assert abs(a[name] - b[name]) <= 1e-9 * abs(b[name]), name
+
+
+def test_deterministic_runs_are_bitwise_equal_and_a_folder_is_never_reused(tmp_path: Path) -> None:
+    runs = [start([*SHORT, *MODEL, "--deterministic", "--log.wandb", "--out", str(tmp_path / name)]) for name in "ab"]
+    assert [r.returncode for r in runs] == [0, 0], runs[0].stderr
+    kept = [[{k: m[k] for k in m if k in ("loss", "grad_norm", "eval_loss")} for m in metrics(tmp_path / name)] for name in "ab"]
+    assert kept[0] == kept[1]
+    assert list((tmp_path / "a/wandb").glob("offline-run-*")), "wandb works offline"
+    before = (tmp_path / "a/metrics.jsonl").read_bytes()
+    again = start([*SHORT, *MODEL, "--out", str(tmp_path / "a")])
+    assert again.returncode == 2 and "holds another run" in again.stderr
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == before
+
+
+BAD = {
+    "preset": (["tinny"], "Did you mean 'tiny'"),
+    "flag": (["tiny", "--train.stps", "3"], "train.stps"),
+    "batch": (["tiny", "--train.global-batch-size", "10", "--train.micro-batch-size", "4"], "global-batch-size 10 does not divide"),
+    "positions": (["gpt2_124m", "--train.seq-len", "2048"], "longer than the model's 1024 learned positions"),
+    "rules": (["tiny", "--rules", "fdsp"], "Did you mean 'fsdp'"),
+    "world": (["tiny", "--mesh.tensor", "2"], "needs 2 devices, but 1 process runs"),
+    "impl": (["tiny", "--model.attention-impl", "cudnn"], "needs a CUDA device, not cpu"),
+    "remat": (["tiny", "--remat", "some"], "expected none, selective, full or every:N"),
+    "heads": (["tiny", "--model.heads", "6", "--model.kv-heads", "4"], "model.heads 6 does not divide"),
+    "nan": (["tiny", *SHORT, *MODEL, "--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch 0 is"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_ends_in_one_message(name: str, tmp_path: Path) -> None:
+    arguments, message = BAD[name]
+    done = start([*arguments, "--out", str(tmp_path / "run")])
+    assert done.returncode == 2, done.stdout + done.stderr
+    said = done.stdout + done.stderr
+    assert message in said and "Traceback" not in said, said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh.tensor", "2", "--model.heads", "3", "--model.kv-heads", "1"], "heads of size 3 does not divide by tensor=2"),
+        (["--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch"),
+        (["--mesh.fsdp", "3"], "needs 3 devices, but 2 processes run"),
+    ],
+)
+def test_bad_input_ends_every_rank(flags: list[str], message: str, tmp_path: Path) -> None:
+    begun = time.monotonic()
+    done = start(["tiny", *SHORT, *MODEL, *flags, "--out", str(tmp_path / "run")], ranks=2)
+    assert done.returncode != 0 and time.monotonic() - begun < 90
+    assert done.stderr.count(message) == 1, done.stderr
