@@ -23,9 +23,9 @@ def bits(key: int | Tensor, index: Tensor) -> Tensor:
 
 
 def uniform(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Give one number in (0, 1) for every index: 24 random bits in float32, 52 in float64, never 0 or 1."""
+    """Give one number in (0, 1) for every index: 23 random bits in float32, 52 in float64, never 0 or 1."""
     wide = dtype == torch.float64
-    return (_shift(bits(key, index), 12 if wide else 40).to(dtype) + 0.5) * (2.0**-52 if wide else 2.0**-24)
+    return (_shift(bits(key, index), 12 if wide else 41).to(dtype) + 0.5) * (2.0**-52 if wide else 2.0**-23)
 
 
 def normal(key: int | Tensor, index: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ class Bench:
     remat: str = "none"
     reduce: Literal["float32", "bfloat16"] = "float32"
     """The type in which gradients are summed over devices."""
+    overlap: bool = True
+    """Start gathers ahead of use, where several GPUs talk."""
     optimizer: Literal["plain", "fused"] = "plain"
     attention: str = "auto"
     steps: int = 13
@@ -106,7 +108,8 @@ def main() -> None:
         specs = decoder.specs(model)
         optimizer = adamw(params.decayed(specs), impl=bench.optimizer)
         rate = schedule("constant", bench.lr, 1000, 5)
-        step = make_step(decoder, model, par, optimizer, rate, pretrain.make_step_options(setup, precision, at.device))
+        options = pretrain.make_step_options(setup, precision, at.device)
+        step = make_step(decoder, model, par, optimizer, rate, dataclasses.replace(options, overlap=bench.overlap))
         state = init_state(specs, rules, mesh, bench.seed, precision, optimizer)
         samples = (
             Windows(python_text()[0], bench.seed, "train")

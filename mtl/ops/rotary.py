@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
+from mtl.kernels.angles import rotary_angles
 from mtl.precision import wide
 
 
 def angles(positions: Tensor, head_size: int, theta: float) -> tuple[Tensor, Tensor]:
     """Give (cos, sin) of shape [..., head_size / 2] in float32 for positions of any shape."""
-    exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
-    frequency = 1.0 / (theta**exponent)
-    angle = positions.float().unsqueeze(-1) * frequency
-    return angle.cos(), angle.sin()
+    return rotary_angles(positions, head_size, theta)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = "half") -> Tensor:

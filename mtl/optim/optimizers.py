@@ -42,12 +42,13 @@ def _fused_adamw(decay_mask: tree.Tree, b1: float, b2: float, eps: float, weight
         if columns[0][0].device.type not in ("cpu", "cuda", "mps", "xpu"):
             raise UserError(f"optim.impl fused has no kernel for {columns[0][0].device.type}: choose plain.")
         count = moments["count"] + good.to(moments["count"].dtype)
+        lr = rate if rate.device.type == "cpu" else rate.to(torch.float32)  # what accelerators' kernels read
         for yes in (True, False):
             p, g, m, s = ([x for x, y in zip(c, mask, strict=True) if y is yes] for c in columns)
             if p:
                 steps = [moments["count"] + 1.0 for _ in p]
                 _fused_adamw_(
-                    p, g, m, s, [], steps, lr=rate.to(torch.float32), beta1=b1, beta2=b2, weight_decay=weight_decay if yes else 0.0,
+                    p, g, m, s, [], steps, lr=lr, beta1=b1, beta2=b2, weight_decay=weight_decay if yes else 0.0,
                     eps=eps, amsgrad=False, maximize=False, found_inf=1.0 - good.to(torch.float32),
                 )  # fmt: skip
         return params, ({"mean": moments["mean"], "square": moments["square"], "count": count}, rest)

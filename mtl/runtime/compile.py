@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from mtl import tree
+from mtl.runtime import overlap
 
 _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
 _functorch_config: Any = importlib.import_module("torch._functorch.config")
 
 
-def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool = False) -> Callable[..., Any]:
+def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool = False, options: Any = None) -> Callable[..., Any]:
     """Compile a function from trees of tensors to trees of tensors into one graph.
 
     The function is put into the graph whole, so that AOTAutograd alone traces it: it may use any Python, but whatever is not a tensor
@@ -27,7 +28,7 @@ def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool 
         leaves, structure = tree.flatten(args)
         known = repr(structure)
         if known not in graphs:
-            graphs[known] = _compile_flat(fn, structure, backend)
+            graphs[known] = _compile_flat(fn, structure, backend, options)
         run, shape_of_result = graphs[known]
         with _functorch_config.patch(cse=False) if blockwise else contextlib.nullcontext():
             out = run(*leaves)
@@ -36,7 +37,12 @@ def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool 
     return call
 
 
-def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any) -> tuple[Callable[..., Any], list[Any]]:
+def inductor_options(devices: int, device_type: str) -> dict[str, Any] | None:
+    """Give inductor's options for a mesh: overlap where several GPUs talk."""
+    return overlap.options() if devices > 1 and device_type == "cuda" else None
+
+
+def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any, options: Any) -> tuple[Callable[..., Any], list[Any]]:
     result: list[Any] = []
 
     @_dynamo.allow_in_graph
@@ -50,4 +56,4 @@ def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any) -> tuple
 
     # Dynamo keeps its graphs with the code object and does not tell closures apart: every function gets a code object of its own.
     own = types.FunctionType(run.__code__.replace(co_name=f"run_{fn.__name__}"), run.__globals__, closure=run.__closure__)
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False), result
+    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options), result

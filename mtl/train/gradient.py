@@ -19,7 +19,7 @@ from mtl.train.loss import Batch, Loss
 Gradient = Callable[[tree.Tree, Batch, Tensor], tuple[tree.Tree, Tensor]]
 
 
-def value_and_grad(loss: Loss, how: str, backend: Any) -> Gradient:
+def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None) -> Gradient:
     """Make ``gradient(params, batch, scale)``: gradients of scale times the loss, and this device's share of the summed cross-entropy.
 
     ``how`` is none (torch.func, eager), step (torch.func in one compiled graph) or block (autograd over compiled blocks).
@@ -42,7 +42,7 @@ def value_and_grad(loss: Loss, how: str, backend: Any) -> Gradient:
 
     if how == "block":
         return autograd
-    return compiled(functional, backend) if how == "step" else functional
+    return compiled(functional, backend, options=options) if how == "step" else functional
 
 
 def gather_weights(par: Parallel, letters: tree.Tree, params: tree.Tree, dtype: torch.dtype) -> tree.Tree:

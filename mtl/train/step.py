@@ -12,7 +12,7 @@ from mtl.errors import unknown
 from mtl.optim.schedules import Schedule
 from mtl.optim.transforms import Optimizer, clip
 from mtl.precision import Precision
-from mtl.runtime.compile import compiled
+from mtl.runtime.compile import compiled, inductor_options
 from mtl.sharding.collectives import psum
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
@@ -33,6 +33,7 @@ class StepOptions:
     backend: Any = "inductor"
     clip: float = 1.0
     seed: int = 0
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         """Refuse an unknown way to compile."""
@@ -47,7 +48,8 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
     """
     blocks = options.backend if options.compile == "block" else None
     loss = make_loss(model, config, par, options.precision, parse_remat(options.remat), blocks)
-    gradient = value_and_grad(loss, options.compile, options.backend)
+    faster = inductor_options(par.mesh.shape.devices(), par.mesh.device_type) if options.overlap else None
+    gradient = value_and_grad(loss, options.compile, options.backend, faster)
     letters = tree.map(lambda spec: spec.axes, model.specs(config))
     finish = make_update(par, letters, optimizer, schedule, options)
     update = finish if options.compile == "none" else compiled(finish, options.backend)
