@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import tyro
 
 import sharding_rules
@@ -24,10 +23,12 @@ from mtl.errors import UserError, unknown
 from mtl.kernels import attention as attention_kernels
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw, sgd
-from mtl.optim.schedules import schedule
+from mtl.optim.schedules import Schedule, schedule
+from mtl.optim.transforms import Optimizer
 from mtl.precision import PRECISIONS, Precision
 from mtl.runtime import process
 from mtl.runtime.log import RunLog
+from mtl.sharding.collectives import psum
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules, check_mesh
@@ -119,14 +120,36 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
         rules.layout("act", (name,), (known[name],), shape, what)
     make_step_options(setup, precision, device)
-    q, k = (torch.empty(1, 8, n, model.head_size, dtype=precision.compute, device=device) for n in (model.heads, model.kv_heads))
-    attention_kernels.choose(model.attention_impl, q, k, attention_kernels.Mask(True, model.window), None)
+    make_optimizer(setup)
+    for text, name in zip(python_text(), ("train", "validation"), strict=True):
+        Windows(text, 0, name)(0, train.seq_len + 1)
+    one = torch.empty(1, 1, 1, 1, dtype=precision.compute, device=device)
+    length = train.seq_len // (split * pieces) if split > 1 else train.seq_len
+    q, k = (one.expand(1, length, n, model.head_size) for n in (model.heads, model.kv_heads))
+    for offset in (0, length) if split > 1 else (0,):
+        attention_kernels.choose(model.attention_impl, q, k, attention_kernels.Mask(True, model.window, offset), None)
 
 
 def make_step_options(setup: Experiment, precision: Precision, device: torch.device) -> StepOptions:
     """Say how the step runs."""
     how = setup.compile if setup.compile != "auto" else ("step" if device.type == "cuda" else "none")
     return StepOptions(precision, setup.remat, how, "inductor", setup.optim.clip, setup.train.seed)
+
+
+def make_optimizer(setup: Experiment) -> tuple[Optimizer, Schedule]:
+    """Make the optimizer and its schedule, or refuse settings that make none."""
+    optim = setup.optim
+    for name, low, high in (("lr", 0.0, math.inf), ("clip", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("eps", 0.0, math.inf)):
+        if not low <= getattr(optim, name) < high:
+            raise UserError(f"optim.{name.replace('_', '-')} is {getattr(optim, name)}: it must be a number from 0 on.")
+    for name in ("beta1", "beta2"):
+        if not 0.0 <= getattr(optim, name) < 1.0:
+            raise UserError(f"optim.{name} is {getattr(optim, name)}: it must lie from 0 to under 1.")
+    rate = schedule(optim.schedule, optim.lr, setup.train.steps, optim.warmup_steps, optim.min_lr_ratio)
+    mask = params.decayed(decoder.specs(setup.model))
+    if optim.name == "adamw":
+        return adamw(mask, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.impl), rate
+    return sgd(mask, optim.beta1, False, optim.weight_decay), rate
 
 
 def claim_folder(folder: Path) -> Path:
@@ -145,16 +168,11 @@ def claim_folder(folder: Path) -> Path:
 
 def run(preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place, folder: Path) -> Any:
     """Train and give the final state."""
-    model, train, optim = setup.model, setup.train, setup.optim
+    model, train = setup.model, setup.train
     mesh = make_mesh(shape, at.device.type)
     par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce)
     specs = decoder.specs(model)
-    mask = params.decayed(specs)
-    if optim.name == "adamw":
-        optimizer = adamw(mask, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.impl)
-    else:
-        optimizer = sgd(mask, optim.beta1, False, optim.weight_decay)
-    rate = schedule(optim.schedule, optim.lr, train.steps, optim.warmup_steps, optim.min_lr_ratio)
+    optimizer, rate = make_optimizer(setup)
     step = make_step(decoder, model, par, optimizer, rate, make_step_options(setup, precision, at.device))
     state = init_state(specs, rules, mesh, train.seed, precision, optimizer)
 
@@ -165,7 +183,7 @@ def run(preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precisio
     log = RunLog(folder, at.rank == 0, train.steps, wandb)
     log.say(f"{preset}: {params.count(specs) / 1e6:.1f} M parameters, {precision.name} on {at.world} x {at.device.type}")
     log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
-    texts = [(t if model.vocab >= 256 else t % model.vocab) for t in python_text()]
+    texts = python_text()
     samples, held_out = Windows(texts[0], train.seed, "train"), Windows(texts[1], 0, "validation")
     batches = BatchShape(train.global_batch_size, train.micro_batch_size, train.seq_len)
 
@@ -207,13 +225,13 @@ def evaluated(setup: Experiment, par: Parallel, precision: Precision, held_out: 
     """Make the hook that evaluates every so many steps and at the end."""
     train = setup.train
     rows = par.mesh.size(par.axes("B")) * train.micro_batch_size
-    count = max(1, round(train.eval_samples / rows))
+    count = -(-train.eval_samples // rows)
     evaluate = make_evaluate(decoder, setup.model, par, precision)
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         if i == train.steps or (train.eval_every and i % train.eval_every == 0):
             shape = BatchShape(rows, train.micro_batch_size, train.seq_len)
-            batches = (batch_at(par, held_out, n * rows, shape, precision.param) for n in range(count))
+            batches = (batch_at(par, held_out, n * rows, shape, precision.param, train.eval_samples) for n in range(count))
             record["eval_loss"] = evaluate(state.params, batches)
             record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2)
 
@@ -240,8 +258,7 @@ def sample(
         here["key"] = torch.zeros((), dtype=torch.int64, device=batch["tokens"].device)
         last = (batch["slots"] == len(text_so_far) - 1).to(precision.compute)
         picked = torch.einsum("s,sv->v", last, logits(weights, here)[0])
-        if par.axes("S"):
-            dist.all_reduce(picked, group=par.mesh.device_mesh.get_group(par.axes("S")[0]))
+        picked = psum(picked, par.axes("S"), par.mesh)
         text_so_far.append(sample_token(picked[:256].float(), 0.7, setup.train.seed, len(text_so_far)))
     return bytes(text_so_far).decode("utf-8", "replace")
 

@@ -93,7 +93,7 @@ class Experiment:
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 on GPUs, fp32 elsewhere."""
     compile: Literal["auto", "none", "block", "step"] = "auto"
-    """auto compiles the whole step on GPUs, nothing elsewhere."""
+    """auto compiles the whole step on CUDA devices, nothing elsewhere."""
     remat: str = "none"
     """What is computed again in backward: none, selective, full, or every:N."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None

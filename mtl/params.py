@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from mtl import random, tree
 from mtl.axes import names
-from mtl.sharding.layout import Layout, box
+from mtl.sharding.layout import box
 from mtl.sharding.mesh import Mesh, MeshShape
 from mtl.sharding.rules import Rules
 from mtl.sharding.shard_map import to_global
@@ -58,6 +58,8 @@ def init_box(
     spec: ParamSpec, key: int, offset: tuple[int, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Make the part of one parameter that starts at ``offset`` and has ``shape``."""
+    if device.type == "mps":  # which has no float64
+        return init_box(spec, key, offset, shape, dtype, torch.device("cpu")).to(device)
     out = torch.full(shape, spec.fill, dtype=dtype, device=device)
     if spec.std is not None:
         for corner, part in _pieces(out, offset):
@@ -90,11 +92,6 @@ def decayed(specs: tree.Tree) -> tree.Tree:
     """Say which parameters weight decay applies to: those with two axes or more besides the layers, but no biases."""
     bias = {"HK", "GK"}
     return tree.map(lambda s: len(s.axes.replace("L", "")) > 1 and s.axes.replace("L", "") not in bias, specs)
-
-
-def local_layouts(params: tree.Tree, specs: tree.Tree, rules: Rules, mesh: MeshShape) -> list[tuple[DTensor, Layout]]:
-    """Pair every parameter with its layout at rest."""
-    return list(zip(tree.leaves(params), tree.leaves(layouts(specs, rules, mesh)), strict=True))
 
 
 def _pieces(x: Tensor, offset: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Tensor]]:

@@ -40,11 +40,6 @@ def map_paths(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
     return pytree.tree_map_with_path(lambda keys, leaf: fn(_spell(keys), leaf), tree)
 
 
-def add(a: Tree, b: Tree) -> Tree:
-    """Add two trees leaf by leaf."""
-    return map(lambda x, y: x + y, a, b)
-
-
 def total(values: Iterable[Any]) -> Any:
     """Sum at least one value, in order."""
     return functools.reduce(lambda x, y: x + y, values)

@@ -45,11 +45,13 @@ def test_held_out_documents_are_not_trained_on() -> None:
 def test_a_document_stays_on_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
     def split(names: list[str]) -> list[set[str]]:
         monkeypatch.setattr(source, "_documents", lambda: {n: f"{n}\x00{n}".encode() for n in names})
-        return [{d.decode().split()[0] for d in part.tobytes().split(END)[:-1]} for part in python_text()]
+        found = [part.tobytes().split(END)[:-1] for part in python_text()]
+        assert sum(map(len, found)) == len(names), "an END inside a document ends nothing"
+        return [{d.decode().split()[0] for d in part} for part in found]
 
     names = [f"name{i}" for i in range(1000)]
     train, validation = split(names)
-    assert train | validation == set(names) and not train & validation, "an END inside a document ends nothing"
+    assert train | validation == set(names) and not train & validation
     assert 20 < len(validation) < 90
     assert split(names[::-1][:300]) == [train & set(names[700:]), validation & set(names[700:])]
 

@@ -1,1 +1,1 @@
-"""Benchmarks: each prints one table and writes JSON."""
+"""Benchmarks: each prints a table."""

@@ -9,7 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mtl.runtime.process import command_line
+from mtl.errors import UserError
+from mtl.runtime.process import command_line, guarded
 
 
 def main() -> None:
@@ -17,6 +18,8 @@ def main() -> None:
     arguments = command_line()
     split = arguments.index("--") if "--" in arguments else len(arguments)
     layouts, shared = arguments[:split], arguments[split + 1 :]
+    if "--json" not in shared[:-1] or not layouts:
+        raise UserError("agree.py needs layouts, then `--`, then step.py's flags with `--json FILE` among them.")
     target = Path(shared[shared.index("--json") + 1])
     curves: dict[str, list[float]] = {}
     for layout in layouts:
@@ -34,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)

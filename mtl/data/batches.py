@@ -33,10 +33,13 @@ class BatchShape:
             )
 
 
-def batch_at(par: Parallel, samples: Samples, first: int, shape: BatchShape, dtype: torch.dtype) -> dict[str, Tensor]:
+def batch_at(
+    par: Parallel, samples: Samples, first: int, shape: BatchShape, dtype: torch.dtype, stop: int | None = None
+) -> dict[str, Tensor]:
     """Make this device's part of the global batch that starts at sample ``first``.
 
     Gives tokens, targets, weights, positions [A, b, S], rows [A, b] and slots [S], where A counts micro-batches and S is local.
+    Samples from ``stop`` on count for nothing (their weights are 0).
     """
     axes = par.axes("B")
     count, index = par.mesh.size(axes), par.mesh.index(axes)
@@ -44,7 +47,9 @@ def batch_at(par: Parallel, samples: Samples, first: int, shape: BatchShape, dty
     rows = np.arange(local).reshape(-1, shape.micro_batch)
     rows = (rows // shape.micro_batch * count + index) * shape.micro_batch + rows % shape.micro_batch
     text = np.stack([samples(first + int(r), shape.seq_len + 1) for r in rows.flat]).reshape(*rows.shape, -1)
-    return to_device(par, text[..., :-1], text[..., 1:], rows, dtype)
+    counted = np.ones(rows.shape) if stop is None else (first + rows < stop).astype(np.float64)
+    weights = np.repeat(counted[..., None], shape.seq_len, -1)
+    return to_device(par, text[..., :-1], text[..., 1:], rows, dtype, {"weights": weights})
 
 
 def to_device(

@@ -270,7 +270,25 @@ def _package_backward(
     window = _flash_window(q, k, mask)
     left, right = window.get("window_size_left", -1), window.get("window_size_right", -1)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    ops._wrapped_flash_attn_backward(grad.contiguous(), q, k, v, out, lse, dq, dk, dv, 0.0, scale, False, left, right, 0.0, None, False)
+    ops._wrapped_flash_attn_backward(
+        grad.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse,
+        dq,
+        dk,
+        dv,
+        0.0,
+        scale,
+        False,
+        left,
+        right,
+        0.0,
+        None,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     return dq, dk, dv
 
 

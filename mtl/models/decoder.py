@@ -1,7 +1,7 @@
 """The decoder family: GPT-2/3, Llama, Mistral and Falcon by configuration. Four pure functions: specs, embed, block, head."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -185,6 +185,11 @@ def logits(cfg: Config, par: Parallel, params: Params, x: Tensor) -> Tensor:
     x = par.reshard(_norm(cfg, params["norm"], x), "BRD", "BSD")
     letters, weight = _head_weight(cfg, params)
     return next_token_logits(par, letters, x, weight)
+
+
+def for_evaluation(cfg: Config) -> Config:
+    """Give the same model without dropout."""
+    return replace(cfg, dropout_embed=0.0, dropout_attention=0.0, dropout_mlp=0.0)
 
 
 def layer_key(key: Tensor, layer: int) -> Tensor:

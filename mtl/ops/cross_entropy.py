@@ -107,7 +107,7 @@ class _Fused(Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         dx, dw = ctx.saved_tensors
         grad = psum(grad, ctx.par.axes("V"), ctx.par.mesh)
-        return dx * grad.to(dx.dtype), (dw * grad).to(ctx.dtype), None, None, None, None
+        return (dx.to(grad.dtype) * grad).to(dx.dtype), (dw * grad).to(ctx.dtype), None, None, None, None
 
 
 def next_token_logits(par: Parallel, letters: str, x: Tensor, w: Tensor) -> Tensor:

@@ -15,5 +15,5 @@ def dropout(x: Tensor, rate: float, key: Tensor, rows: Tensor, slots: Tensor, le
         return x
     place = rows.unsqueeze(1) * length + slots.unsqueeze(0)
     index = place.unsqueeze(-1) * x.shape[-1] + torch.arange(x.shape[-1], device=x.device)
-    keep = random.uniform(key, index) >= rate
+    keep = random.uniform(key, index, torch.float32) >= rate
     return x * keep.to(x.dtype) * (1.0 / (1.0 - rate))

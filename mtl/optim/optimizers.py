@@ -53,4 +53,4 @@ def _fused_adamw(decay_mask: tree.Tree, b1: float, b2: float, eps: float, weight
                 )  # fmt: skip
         return params, ({"mean": moments["mean"], "square": moments["square"], "count": count}, rest)
 
-    return Optimizer(plain.init, update)
+    return Optimizer(plain.init, update, compiles=False)

@@ -20,11 +20,13 @@ class Transform(NamedTuple):
 class Optimizer(NamedTuple):
     """``init(params)`` makes the state; ``update(grads, state, params, rate, good)`` gives (params, state).
 
-    ``rate`` and ``good`` are device scalars. Where good is false nothing changes. An update may write into what it is given.
+    ``rate`` and ``good`` are device scalars. Where good is false nothing changes. An update may write into what it is given. One that
+    calls kernels which the compiler does not know says ``compiles=False``.
     """
 
     init: Callable[[tree.Tree], Any]
     update: Callable[[tree.Tree, Any, tree.Tree, Tensor, Tensor], tuple[tree.Tree, Any]]
+    compiles: bool = True
 
 
 def chain(*transforms: Transform) -> Transform:

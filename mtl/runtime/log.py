@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -42,7 +43,8 @@ class RunLog:
         """Append one step's record to metrics.jsonl (and wandb) and move the bar."""
         if not self.first:
             return
-        self._file.write(json.dumps(record) + "\n")
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if v is not None}, step=record["step"])

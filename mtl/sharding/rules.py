@@ -127,11 +127,31 @@ def make_rules(name: str, values: Mapping[str, Any], bases: Mapping[str, Rules])
     for key, choices in {"GATHER": ("layer", "step"), "ORDER": ("contiguous", "zigzag")}.items():
         if settings[key.lower()] not in choices:
             raise unknown(f"{key} in rules table {name!r}", str(settings[key.lower()]), choices)
+    _check_agreement(rules)
     for key in ("whole", "pad"):
         for logical in _names(name, key.upper(), settings[key]):
             if logical not in (*PARAM_AXES, *ACTIVATION_AXES):
                 raise unknown(f"logical axis in {key.upper()} of rules table {name!r}", logical, {*PARAM_AXES, *ACTIVATION_AXES})
     return rules
+
+
+def _check_agreement(rules: Rules) -> None:
+    """Refuse tables whose parts contradict each other."""
+    for logical in rules.compute:
+        rest, use = rules.store[logical], rules.compute[logical]
+        if rest[: len(use)] != use:
+            raise UserError(f"rules table {rules.name!r}: STORE[{logical!r}] is {rest}, which must start with COMPUTE[{logical!r}], {use}.")
+        if logical != "embed" and rules.act.get(logical, use) != use:
+            raise UserError(
+                f"rules table {rules.name!r}: ACT[{logical!r}] is {rules.act[logical]} but COMPUTE[{logical!r}] is {use}. "
+                "A weight's axis and the activations it makes lie alike: give both the same mesh axes."
+            )
+    if rules.compute["embed"] or rules.act["embed"]:
+        raise UserError(f"rules table {rules.name!r}: embed must stay whole in COMPUTE and ACT; split it in STORE alone.")
+    for key, rows in (("STORE", rules.store), ("ACT", rules.act)):
+        for logical, axes in rows.items():
+            if "core" not in logical and list(axes) != sorted(axes, key=MESH_AXES.index):
+                raise UserError(f"rules table {rules.name!r}: {key}[{logical!r}] is {axes}; its axes must come in mesh order {MESH_AXES}.")
 
 
 def _names(name: str, key: str, value: Any) -> tuple[str, ...]:

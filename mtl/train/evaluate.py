@@ -20,6 +20,7 @@ def make_evaluate(
     model: Model, config: Any, par: Parallel, precision: Precision, backend: Any = None
 ) -> Callable[[Any, Iterable[Batch]], float]:
     """Make ``evaluate(params, batches)``: the mean cross-entropy a token, in nats, over whole batches of shape [A, b, S]."""
+    config = model.for_evaluation(config)
     loss = make_loss(model, config, par, precision, Remat("none"))
 
     def share(params: Any, batch: Batch) -> Tensor:
@@ -41,6 +42,7 @@ def make_evaluate(
 
 def make_logits(model: Model, config: Any, par: Parallel, precision: Precision) -> Callable[[Any, Batch], Tensor]:
     """Make ``logits(params, batch)`` for this device's rows of a micro-batch [b, S]: (b, local S, vocab), from params at rest."""
+    config = model.for_evaluation(config)
     fold = make_fold(model, config, par, precision, Remat("none"))
 
     def logits(params: Any, batch: Batch) -> Tensor:
@@ -55,8 +57,8 @@ def sample_token(logits: Tensor, temperature: float, seed: int, place: int) -> i
     """Draw a token from logits [vocab], or take the best where temperature is 0; the same on every device that has the same logits."""
     if temperature == 0.0:
         return int(logits.argmax())
-    odds = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-    draw = random.uniform(random.key("sample", seed), torch.tensor([place], device=logits.device))
+    odds = torch.softmax(logits.cpu().double() / temperature, -1).cumsum(-1)
+    draw = random.uniform(random.key("sample", seed), torch.tensor([place]))
     return min(int(torch.searchsorted(odds, draw)), logits.shape[0] - 1)
 
 

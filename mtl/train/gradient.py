@@ -20,7 +20,8 @@ Gradient = Callable[[tree.Tree, Batch, Tensor], tuple[tree.Tree, Tensor]]
 
 
 def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None) -> Gradient:
-    """Make ``gradient(params, batch, scale)``: gradients of scale times the loss, and this device's share of the summed cross-entropy.
+    """Make ``gradient(params, batch, scale)``: gradients of scale times the loss, and this device's shares of
+    the summed (loss, cross-entropy).
 
     ``how`` is none (torch.func, eager), step (torch.func in one compiled graph) or block (autograd over compiled blocks).
     """

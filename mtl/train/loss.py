@@ -27,6 +27,7 @@ class Model(Protocol):
     head: Any
     logits: Any
     layer_key: Any
+    for_evaluation: Any
 
 
 @dataclass(frozen=True)

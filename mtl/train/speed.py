@@ -2,6 +2,7 @@
 
 import math
 import resource
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +30,8 @@ PEAKS: Mapping[str, float] = MappingProxyType(
 def flops_per_token(specs: Any, config: Any, seq_len: int, causal: bool = True) -> float:
     """Count a training step's operations a token: 6 N plus attention's square, halved where causal.
 
-    N is every parameter but the input embedding and learned positions; a tied head counts, since its product is computed.
+    N is every parameter but the input embedding and learned positions; a tied head counts, since its product is computed. A sliding
+    window is not taken off.
     """
     total = sum(math.prod(s.shape) for s in tree.leaves(specs))
     idle = math.prod(specs["embed"]["weight"].shape) * (0 if "head" not in specs else 1)
@@ -52,4 +54,4 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     if device.type == "xpu":
         return torch.xpu.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)

@@ -25,7 +25,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step runs; none of it changes the numbers beyond rounding."""
+    """How a step runs. remat, compile, backend and overlap change its speed and memory alone."""
 
     precision: Precision
     remat: str = "none"
@@ -52,7 +52,7 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
     gradient = value_and_grad(loss, options.compile, options.backend, faster)
     letters = tree.map(lambda spec: spec.axes, model.specs(config))
     finish = make_update(par, letters, optimizer, schedule, options)
-    update = finish if options.compile == "none" else compiled(finish, options.backend)
+    update = finish if options.compile == "none" or not optimizer.compiles else compiled(finish, options.backend)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         local = tree.map(to_local, state)
