@@ -32,8 +32,8 @@ def _large(model: Config, seq_len: int, lr: float = 3e-4, batch: int = 8) -> Exp
 PRESETS: Mapping[str, Experiment] = MappingProxyType(
     {
         "tiny": Experiment(
-            Config(256, 4, 256, 4, 2, 640, 64, tied=True, init_std=0.03),
-            train=TrainSettings(steps=360, global_batch_size=8, micro_batch_size=8, seq_len=256, eval_every=120, eval_samples=64),
+            Config(256, 4, 256, 8, 2, 640, 32, tied=True, init_std=0.03),
+            train=TrainSettings(steps=360, global_batch_size=8, seq_len=256, eval_every=120, eval_samples=64),
             optim=OptimSettings(lr=3e-3, warmup_steps=20, weight_decay=0.1),
         ),
         "gpt2_124m": _large(_gpt(12, 768, 12), 1024, 6e-4, 32),

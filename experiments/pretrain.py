@@ -34,6 +34,7 @@ from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules, check_mesh
 from mtl.train.evaluate import make_evaluate, make_logits, sample_token
 from mtl.train.loop import fit
+from mtl.train.loss import parse_remat
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
 from mtl.train.state import init_state
 from mtl.train.step import StepOptions, make_step
@@ -45,6 +46,7 @@ def main() -> None:
     at = process.place()
     process.prepare_environment(setup.deterministic)
     rules, shape = choose_layout(setup, at.world)
+    setup = with_micro_batch(setup, rules, shape)
     precision = choose_precision(setup, at.device)
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
@@ -80,6 +82,20 @@ def choose_layout(setup: Experiment, world: int) -> tuple[Rules, MeshShape]:
     return rules, shape
 
 
+def with_micro_batch(setup: Experiment, rules: Rules, shape: MeshShape) -> Experiment:
+    """Settle the micro-batch size where it was left open."""
+    if setup.train.micro_batch_size is not None:
+        return setup
+    share = setup.train.global_batch_size // math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    size = max((n for n in range(1, 9) if share > 0 and share % n == 0), default=1)
+    return dataclasses.replace(setup, train=dataclasses.replace(setup.train, micro_batch_size=size))
+
+
+def micro_batch(setup: Experiment) -> int:
+    """Give the settled micro-batch size."""
+    return 1 if setup.train.micro_batch_size is None else setup.train.micro_batch_size
+
+
 def choose_precision(setup: Experiment, device: torch.device) -> Precision:
     """Find the precision policy."""
     name = setup.precision if setup.precision != "auto" else ("bf16" if device.type in ("cuda", "xpu") else "fp32")
@@ -90,7 +106,7 @@ def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:
     """Give the size of every logical axis of this run; the batch counts a micro-batch over all devices."""
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     seq = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), setup.train.seq_len)
-    return {**decoder.sizes(setup.model), **seq, "batch": rows * setup.train.micro_batch_size}
+    return {**decoder.sizes(setup.model), **seq, "batch": rows * micro_batch(setup)}
 
 
 def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, device: torch.device) -> None:
@@ -98,7 +114,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     model, train = setup.model, setup.train
     specs = decoder.specs(model)
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
-    BatchShape(train.global_batch_size, train.micro_batch_size, train.seq_len).check(rows)
+    BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len).check(rows)
     if train.steps < 0 or train.eval_every < 0 or train.eval_samples < 1:
         raise UserError("train.steps and train.eval-every must not be negative, and train.eval-samples must be at least 1.")
     if model.positions == "learned" and train.seq_len > model.max_positions:
@@ -120,6 +136,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
         rules.layout("act", (name,), (known[name],), shape, what)
     make_step_options(setup, precision, device)
+    parse_remat(setup.remat)
     make_optimizer(setup)
     for text, name in zip(python_text(), ("train", "validation"), strict=True):
         Windows(text, 0, name)(0, train.seq_len + 1)
@@ -185,7 +202,7 @@ def run(preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precisio
     log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
     texts = python_text()
     samples, held_out = Windows(texts[0], train.seed, "train"), Windows(texts[1], 0, "validation")
-    batches = BatchShape(train.global_batch_size, train.micro_batch_size, train.seq_len)
+    batches = BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len)
 
     def batch(i: int) -> Any:
         return batch_at(par, samples, i * train.global_batch_size, batches, precision.param)
@@ -224,13 +241,13 @@ def measured(setup: Experiment, specs: Any, at: process.Place) -> Callable[[int,
 def evaluated(setup: Experiment, par: Parallel, precision: Precision, held_out: Windows) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that evaluates every so many steps and at the end."""
     train = setup.train
-    rows = par.mesh.size(par.axes("B")) * train.micro_batch_size
+    rows = par.mesh.size(par.axes("B")) * micro_batch(setup)
     count = -(-train.eval_samples // rows)
     evaluate = make_evaluate(decoder, setup.model, par, precision)
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         if i == train.steps or (train.eval_every and i % train.eval_every == 0):
-            shape = BatchShape(rows, train.micro_batch_size, train.seq_len)
+            shape = BatchShape(rows, micro_batch(setup), train.seq_len)
             batches = (batch_at(par, held_out, n * rows, shape, precision.param, train.eval_samples) for n in range(count))
             record["eval_loss"] = evaluate(state.params, batches)
             record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2)
@@ -248,7 +265,7 @@ def sample(
 ) -> str:
     """Write on from a prompt, byte by byte; every device of the mesh takes part and gets the same text."""
     logits = make_logits(decoder, setup.model, par, precision)
-    length, rows = setup.train.seq_len, setup.train.micro_batch_size
+    length, rows = setup.train.seq_len, micro_batch(setup)
     text_so_far = list(prompt[: length - 1])
     while len(text_so_far) < min(length - 1, len(prompt) + count):
         tokens = torch.zeros(1, rows, length, dtype=torch.int64)

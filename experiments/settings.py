@@ -35,8 +35,8 @@ class TrainSettings:
     """Optimizer steps."""
     global_batch_size: int = 8
     """Samples a step, over all devices."""
-    micro_batch_size: int = 1
-    """Samples a device takes through the model at once."""
+    micro_batch_size: int | None = None
+    """Samples a device takes through the model at once; by default as many as divide its share, up to 8."""
     seq_len: int = 1024
     """Tokens a sample."""
     seed: int = 0

@@ -43,7 +43,7 @@ def global_index(shape: Sequence[int], offset: Sequence[int], whole: Sequence[in
 
 def permute(key: int, index: int, size: int) -> int:
     """Send index to its place in a random permutation of range(size): a four-round Feistel network, walked until inside."""
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    half = max(4, ((size - 1).bit_length() + 1) // 2)  # narrower halves mix badly
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask

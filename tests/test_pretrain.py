@@ -1,16 +1,28 @@
 """The command line as a user has it: runs alone and under torchrun, run folder, determinism, and what bad input gets."""
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from experiments import pretrain
+from experiments.presets import PRESETS
+from mtl.data.batches import BatchShape, batch_at
+from mtl.models import decoder
+from mtl.params import init
+from mtl.precision import PRECISIONS
+from mtl.train.evaluate import make_evaluate
 
 ROOT = Path(__file__).parent.parent
-SHORT = ["--train.steps", "3", "--train.global-batch-size", "8", "--train.seq-len", "64", "--train.micro-batch-size", "1"]
+SHORT = ["--train.steps", "3", "--train.global-batch-size", "8", "--train.seq-len", "64"]
 MODEL = ["--model.layers", "2", "--model.embed", "32", "--model.mlp", "48", "--model.head-size", "8"]
 FIELDS = {
     "step", "loss", "grad_norm", "learning_rate", "tokens", "step_time", "tokens_per_second_per_device", "mfu", "mfu_full_attention",
@@ -73,6 +85,9 @@ BAD = {
     "impl": (["tiny", "--model.attention-impl", "cudnn"], "needs a CUDA device, not cpu"),
     "remat": (["tiny", "--remat", "some"], "expected none, selective, full or every:N"),
     "heads": (["tiny", "--model.heads", "6", "--model.kv-heads", "4"], "model.heads 6 does not divide"),
+    "clip": (["tiny", "--optim.clip", "-1"], "optim.clip is -1.0"),
+    "micro": (["tiny", "--train.micro-batch-size", "0"], "micro-batch-size is 0"),
+    "warmup": (["tiny", "--optim.warmup-steps", "-1"], "must not be negative"),
     "nan": (["tiny", *SHORT, *MODEL, "--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch 0 is"),
 }
 
@@ -82,6 +97,7 @@ def test_bad_input_ends_in_one_message(name: str, tmp_path: Path) -> None:
     arguments, message = BAD[name]
     done = start([*arguments, "--out", str(tmp_path / "run")])
     assert done.returncode == 2, done.stdout + done.stderr
+    assert name == "nan" or not (tmp_path / "run").exists(), "nothing is left behind"
     said = done.stdout + done.stderr
     assert message in said and "Traceback" not in said, said
 
@@ -99,3 +115,31 @@ def test_bad_input_ends_every_rank(flags: list[str], message: str, tmp_path: Pat
     done = start(["tiny", *SHORT, *MODEL, *flags, "--out", str(tmp_path / "run")], ranks=2)
     assert done.returncode != 0 and time.monotonic() - begun < 90
     assert done.stderr.count(message) == 1, done.stderr
+
+
+def test_evaluation_has_no_dropout_and_counts_each_sample_once(one: Any) -> None:
+    """The rate makes no difference, and samples beyond the number asked for count for nothing."""
+    wet = dataclasses.replace(PRESETS["tiny"].model, layers=1, embed=16, heads=2, kv_heads=1, head_size=8, mlp=16, dropout_embed=0.5)
+    dry, precision = decoder.for_evaluation(wet), PRECISIONS["fp64"]
+    par = one(**decoder.sizes(dry), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), 16), batch=4)
+    params = init(decoder.specs(dry), par.rules, par.mesh, 0, torch.float64)
+
+    def samples(index: int, length: int) -> Any:
+        return (torch.arange(length).numpy() * 7 + index) % 256
+
+    def loss(model: decoder.Config, rows: int, stop: int) -> float:
+        shape = BatchShape(rows, rows, 16)
+        count = -(-stop // rows)
+        batches = [batch_at(par, samples, i * rows, shape, torch.float64, stop) for i in range(count)]
+        return make_evaluate(decoder, model, par, precision)(params, batches)
+
+    assert loss(wet, 4, 4) == loss(dry, 4, 4)
+    assert math.isclose(loss(dry, 4, 6), loss(dry, 2, 6), rel_tol=1e-12)
+
+
+def test_open_micro_batch_is_the_largest_that_divides() -> None:
+    single = pretrain.choose_layout(PRESETS["tiny"], 1)
+    for batch, want in ((8, 8), (24, 8), (7, 7), (11, 1), (9, 3)):
+        train = dataclasses.replace(PRESETS["tiny"].train, global_batch_size=batch)
+        settled = pretrain.with_micro_batch(dataclasses.replace(PRESETS["tiny"], train=train), *single)
+        assert settled.train.micro_batch_size == want

@@ -23,9 +23,9 @@ class BatchShape:
 
     def check(self, rows: int) -> None:
         """Refuse a global batch that does not divide into micro-batches on ``rows`` data-parallel devices."""
-        for name in ("global_batch", "micro_batch", "seq_len"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1.")
+        for name, size in {"global-batch-size": self.global_batch, "micro-batch-size": self.micro_batch, "seq-len": self.seq_len}.items():
+            if size < 1:
+                raise UserError(f"train.{name} is {size}: it must be at least 1.")
         if self.global_batch % (self.micro_batch * rows):
             raise UserError(
                 f"train.global-batch-size {self.global_batch} does not divide by train.micro-batch-size {self.micro_batch} x {rows} "

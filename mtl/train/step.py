@@ -48,8 +48,8 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
     """
     blocks = options.backend if options.compile == "block" else None
     loss = make_loss(model, config, par, options.precision, parse_remat(options.remat), blocks)
-    faster = inductor_options(par.mesh.shape.devices(), par.mesh.device_type) if options.overlap else None
-    gradient = value_and_grad(loss, options.compile, options.backend, faster)
+    settings = inductor_options(options.backend, par.mesh.shape.devices(), par.mesh.device_type, options.overlap)
+    gradient = value_and_grad(loss, options.compile, options.backend, settings)
     letters = tree.map(lambda spec: spec.axes, model.specs(config))
     finish = make_update(par, letters, optimizer, schedule, options)
     update = finish if options.compile == "none" or not optimizer.compiles else compiled(finish, options.backend)
@@ -69,7 +69,7 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
 
 def loss_scale(par: Parallel, state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     """Give (factor on the summed loss, target tokens in the global batch): the factor is 1 / tokens, times fp16's loss scale."""
-    count = psum(batch["weights"].sum(), par.layout("BS").used(), par.mesh)
+    count = psum(batch["weights"].sum(), par.layout("BS").used(), par.mesh).clamp(min=1.0)
     scale = state.opt_state["loss_scale"]["scale"] if "loss_scale" in state.opt_state else torch.ones_like(count)
     return scale.to(count.dtype) / count, count
 
