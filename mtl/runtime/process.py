@@ -67,11 +67,13 @@ def process_group(at: Place) -> Generator[None]:
         dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bind)
     try:
         yield
-        if at.world > 1:
-            dist.barrier()  # nobody leaves while another still talks
-    finally:
-        if dist.is_initialized():
+    except BaseException:
+        if at.world == 1:
             dist.destroy_process_group()
+        raise  # among others, tearing down could wait for ranks that wait for this one
+    if at.world > 1:
+        dist.barrier()  # nobody leaves while another still talks
+    dist.destroy_process_group()
 
 
 def on_first_rank(check: Callable[[], str]) -> str:
@@ -97,14 +99,15 @@ def on_first_rank(check: Callable[[], str]) -> str:
 
 
 def guarded(main: Callable[[], None]) -> None:
-    """Run a program. A UserError prints one message (on rank 0) and ends with code 2; any other error prints its trace and ends with 1.
+    """Run a program and end the process.
 
-    The process ends here in any case. No rank is left waiting: a failing process leaves without tearing the process group down, and torchrun stops the others.
+    A UserError prints one message (on rank 0) and ends with code 2; any other error prints its trace and ends with 1. No rank is left
+    waiting: a failing process leaves without tearing the process group down, and torchrun stops the others.
     """
     rank = place_rank()
     try:
         main()
-        _leave(0)  # without the interpreter's tear-down, in which gloo's threads abort about one process in fifty
+        _leave(0)  # without the interpreter's tear-down, in which gloo's threads now and then abort
     except UserError as error:
         if rank == 0:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
@@ -119,11 +122,6 @@ def guarded(main: Callable[[], None]) -> None:
 def command_line() -> list[str]:
     """Give the program's arguments."""
     return sys.argv[1:]
-
-
-def cpu_threads() -> int:
-    """Say how many threads CPU kernels may use in this process."""
-    return torch.get_num_threads()
 
 
 def _leave(code: int) -> None:
