@@ -196,10 +196,12 @@ def test_a_sequence_that_does_not_divide(one: One) -> None:
         batch_at(par, count_up, 0, BatchShape(1, 1, SEQ + 2), torch.float64)
 
 
-@pytest.mark.parametrize("name", ["global_batch", "micro_batch", "seq_len"])
-def test_batch_shapes_are_at_least_1(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "flag"), [("global_batch", "global-batch-size"), ("micro_batch", "micro-batch-size"), ("seq_len", "seq-len")]
+)
+def test_batch_shapes_are_at_least_1(name: str, flag: str) -> None:
     for value in (0, -3):
-        with pytest.raises(UserError, match=rf"train\.{name.replace('_', '-')} is {value}: it must be at least 1"):
+        with pytest.raises(UserError, match=rf"train\.{flag} is {value}: it must be at least 1"):
             BatchShape(**{"global_batch": 8, "micro_batch": 2, "seq_len": 4, name: value}).check(1)
 
 
