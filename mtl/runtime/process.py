@@ -46,8 +46,7 @@ def leave_together(code: int) -> None:
 
 
 def prepare_environment(deterministic: bool = False) -> None:
-    """Set what must be set before a process group or a kernel exists; what the user set stays."""
-    os.environ.setdefault("TORCH_NCCL_AVOID_RECORD_STREAMS", "1")
+    """Set what must be set before a process group or a kernel exists; a workspace that the user chose stays."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -90,6 +89,9 @@ def on_first_rank(check: Callable[[], str]) -> str:
         if dist.get_rank() == 0:
             store.set(name, "\n".join(answer[0]))
         kind, _, text = store.get(name).decode().partition("\n")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            store.delete_key(name)
         dist.barrier()
     else:
         kind, text = answer[0]
