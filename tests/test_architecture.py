@@ -16,7 +16,7 @@ LEVELS = {
     "mtl.train": 4,
     "sharding_rules": 1.5,
     "experiments": 5,
-    "mtl.cli": 5,
+    "mtl.cli": 6,
     "mtl": -1,
 }
 

@@ -176,7 +176,7 @@ def _cpu_backward(
 
 
 def _gpu_refuses(q: Tensor) -> str | None:
-    if q.device.type != "cuda":
+    if q.device.type not in ("cuda", "meta"):
         return f"needs a CUDA device, not {q.device.type}"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {q.dtype}"

@@ -66,7 +66,11 @@ class Rules:
             return axes
         if size % parts(axes):
             sizes = " x ".join(f"{a}={getattr(mesh, a)}" for a in axes)
-            raise UserError(f"{where}: {name} of size {size} does not divide by {sizes}. Change the size or those mesh axes.")
+            fitting = ", ".join(str(n) for n in range(1, min(size, 1024) + 1) if size % n == 0)
+            together = f"{axes[0]} could be" if len(axes) == 1 else "their product could be"
+            raise UserError(
+                f"{where}: {name} of size {size} does not divide by {sizes}. Change the size or those mesh axes: {together} {fitting}."
+            )
         return axes
 
 
