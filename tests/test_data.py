@@ -185,9 +185,10 @@ def test_arrays_beside_the_tokens_are_cut_alike(one: One) -> None:
             "targets": want + 1,
             "weights": want * 0.5,
             "positions": want + 7,
-            "segments": want // 5,
         }.items():
             assert torch.equal(got[name], value.to(got[name].dtype)), name
+        assert got["documents"][0, :2].tolist() == [[5, 10, 15, *[16] * 5], [4, 9, 14, *[16] * 5]], "ends are of the whole row"
+        assert "segments" not in got
 
 
 def test_a_sequence_that_does_not_divide(one: One) -> None:

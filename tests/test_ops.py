@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl import tree
 from mtl.errors import UserError
-from mtl.kernels.attention import KERNELS, Mask, Segments, attend, choose
+from mtl.kernels.attention import KERNELS, attend, choose
+from mtl.kernels.masks import Documents, Mask
 from mtl.ops import cross_entropy as head
 from mtl.ops.attention import attention
 from mtl.ops.cross_entropy import cross_entropy, next_token_logits
@@ -55,14 +56,14 @@ MASKS = {
 ON_CPU = {"whole", "causal", "window_of_all", "queries_after_all_keys"}
 
 
-def allowed(mask: Mask, queries: int, keys: int, segments: Segments | None = None) -> Tensor:
+def allowed(mask: Mask, queries: int, keys: int, numbers: Tensor | None = None) -> Tensor:
     """Draw the mask pair by pair, (1 or B, 1, Q, T)."""
     pairs = torch.ones(1, 1, queries, keys, dtype=torch.bool)
     for i in range(queries):
         for j in range(keys):
             at = i + mask.offset
             pairs[..., i, j] = (j <= at or not mask.causal) and (mask.window is None or j > at - mask.window)
-    return pairs if segments is None else pairs & (segments.queries[:, None, :, None] == segments.keys[:, None, None, :])
+    return pairs if numbers is None else pairs & (numbers[:, None, -queries:, None] == numbers[:, None, None, :keys])
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, pairs: Tensor, scale: float) -> Tensor:
@@ -90,16 +91,18 @@ def test_attention_kernels_equal_torch(impl: str, name: str, kv_heads: int) -> N
     close(grads(got, inputs), grads(want, inputs))
 
 
+NUMBERS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 3, 3]])
+ENDS = torch.tensor([[3, 5, 9, 9], [1, 7, 9, 9]], dtype=torch.int32)
+
+
 def test_document_masks() -> None:
     inputs = qkv(9, 9, 4, 2)
-    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 3, 3]])
-    segments = Segments(numbers, numbers)
-    for mask in (Mask(), Mask(window=3)):
-        got, want = attend(*inputs, mask, segments, 0.3, "plain"), reference(*inputs, allowed(mask, 9, 9, segments), 0.3)
-        close(got, want)
-        close(grads(got, inputs), grads(want, inputs))
-    with pytest.raises(UserError, match="'cpu' has no document masks"):
-        attend(*inputs, Mask(), segments, 0.3, "cpu")
+    for impl in ("plain", "cpu"):
+        for mask in (Mask(), Mask(window=3)):
+            got = attend(*inputs, mask, Documents(ENDS, ENDS), 0.3, impl)
+            want = reference(*inputs, allowed(mask, 9, 9, NUMBERS), 0.3)
+            close(got, want)
+            close(grads(got, inputs), grads(want, inputs))
 
 
 @pytest.mark.parametrize("impl", ["plain", "cpu"])
@@ -165,10 +168,10 @@ def test_masks_know_when_they_are_trivial_or_empty(causal: bool, window: int | N
 
 def test_the_fastest_kernel_that_can_is_chosen() -> None:
     q, k, _ = qkv(9, 9, 4, 2)
-    numbers = torch.zeros(2, 9, dtype=torch.int64)
+    ends = torch.full((2, 8), 9, dtype=torch.int32)
     assert choose("auto", q, k, Mask(), None) is KERNELS["cpu"]
     assert choose("auto", q, k, Mask(window=3), None) is KERNELS["plain"]
-    assert choose("auto", q, k, Mask(), Segments(numbers, numbers)) is KERNELS["plain"]
+    assert choose("auto", q, k, Mask(window=3), Documents(ends, ends)) is KERNELS["cpu"]
     with pytest.raises(UserError, match="Did you mean 'plain'"):
         choose("plan", q, k, Mask(), None)
     with pytest.raises(UserError, match="'flash' needs a CUDA device, not cpu"):
@@ -181,9 +184,8 @@ def test_the_fastest_kernel_that_can_is_chosen() -> None:
 def test_attention_of_a_model(one: One, impl: str, window: int | None, documents: bool) -> None:
     par = one(heads=4, core_heads=4, kv_heads=2, core_kv_heads=2)
     inputs = qkv(9, 9, 4, 2)
-    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 3, 3]]) if documents else None
-    got = attention(par, *inputs, window, numbers, impl)
-    pairs = allowed(Mask(window=window), 9, 9, None if numbers is None else Segments(numbers, numbers))
+    got = attention(par, *inputs, window, ENDS if documents else None, impl)
+    pairs = allowed(Mask(window=window), 9, 9, NUMBERS if documents else None)
     want = reference(*inputs, pairs, 8**-0.5)
     close(got, want)
     close(grads(got, inputs), grads(want, inputs))

@@ -62,7 +62,8 @@ def to_device(
 ) -> dict[str, Tensor]:
     """Cut arrays [A, b, whole S] of this device's rows to its pieces of the sequence and move them to the device.
 
-    ``extra`` may hold weights (default 1 a token), positions (default their place) and segments (documents; default none), shaped alike.
+    ``extra`` may hold weights (default 1 a token), positions (default their place) and segments, shaped alike. Segments number the
+    documents of a row; the batch holds where these end in the whole row, as documents [A, b, D].
     """
     mine, pieces = chunks(par)
     length = tokens.shape[-1]
@@ -70,8 +71,28 @@ def to_device(
         raise UserError(f"a sequence of {length} tokens does not divide into the {pieces} pieces of rules {par.rules.name!r}.")
     slots = np.arange(length).reshape(pieces, -1)[list(mine)].reshape(-1)
     given = {"weights": np.ones(tokens.shape), "positions": np.broadcast_to(np.arange(length), tokens.shape), **(extra or {})}
+    segments = given.pop("segments", None)
     arrays = {"tokens": tokens, "targets": targets, **given}
     batch = {name: torch.from_numpy(np.ascontiguousarray(a[..., slots])) for name, a in arrays.items()}
     batch["weights"] = batch["weights"].to(dtype)
+    if segments is not None:
+        batch["documents"] = torch.from_numpy(document_ends(segments))
     batch |= {"rows": torch.from_numpy(np.ascontiguousarray(rows)), "slots": torch.from_numpy(slots)}
     return {name: x.to(par.mesh.device_type, non_blocking=True) for name, x in batch.items()}
+
+
+def document_ends(segments: np.ndarray) -> np.ndarray:
+    """Turn document numbers [..., S] into where documents end, [..., D] in int32: a document ends where the next token's number differs.
+
+    D is 8, 32, 128 and so on, the first that holds the longest row's, so that compiled steps see few shapes; the rest of a row is S.
+    """
+    length = segments.shape[-1]
+    last = np.ones(segments.shape, dtype=bool)
+    last[..., :-1] = segments[..., 1:] != segments[..., :-1]
+    most, room = int(last.sum(-1).max()), 8
+    while room < most:
+        room *= 4
+    ends = np.full((*segments.shape[:-1], room), length, dtype=np.int32)
+    *rows, places = np.nonzero(last)
+    ends[(*rows, (last.cumsum(-1) - 1)[last])] = places + 1
+    return ends

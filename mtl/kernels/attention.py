@@ -5,7 +5,6 @@ Queries are [B, Q, H, K], keys and values [B, T, N, K] with H a multiple of N; t
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,115 +13,33 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mtl.errors import UserError, unknown
-from mtl.precision import wide
+from mtl.kernels import cpu_documents, plain, varlen
+from mtl.kernels.masks import Documents, Mask
+from mtl.kernels.plain import Pair, Triple
 
 _aten: Any = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which pairs count: query i and key j, where i stands ``offset`` places further in the sequence than key 0.
-
-    Causal: key not after the query. Window: fewer than ``window`` places before it. Documents are masked by segment numbers beside this.
-    """
-
-    causal: bool = True
-    window: int | None = None
-    offset: int = 0
-
-    def trivial(self, queries: int, keys: int) -> bool:
-        """Tell whether every pair counts."""
-        first_before_last = not self.causal or self.offset >= keys - 1
-        return first_before_last and (self.window is None or self.offset + queries <= self.window)
-
-    def empty(self, queries: int, keys: int) -> bool:
-        """Tell whether no pair counts."""
-        return (self.causal and self.offset + queries <= 0) or (self.window is not None and self.offset - keys + 1 >= self.window)
-
-    def pairs(self, queries: int, keys: int, device: torch.device) -> Tensor:
-        """Draw the mask as booleans [Q, T]."""
-        gap = torch.arange(queries, device=device).unsqueeze(1) + self.offset - torch.arange(keys, device=device)
-        allowed = torch.ones_like(gap, dtype=torch.bool)
-        if self.causal:
-            allowed = allowed & (gap >= 0)
-        return allowed if self.window is None else allowed & (gap < self.window)
-
-
-class Segments(NamedTuple):
-    """Document numbers of queries [B, Q] and keys [B, T]; a query sees the keys of its own document alone."""
-
-    queries: Tensor
-    keys: Tensor
-
-
-Pair = tuple[Tensor, Tensor]
-Triple = tuple[Tensor, Tensor, Tensor]
 
 
 class Kernel(NamedTuple):
     """A forward and backward, and what they can do (None, or why not)."""
 
-    forward: Callable[[Tensor, Tensor, Tensor, Mask, Segments | None, float], Pair]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Mask, Segments | None, float], Triple]
-    refuses: Callable[[Tensor, Tensor, Mask, Segments | None], str | None]
+    forward: Callable[[Tensor, Tensor, Tensor, Mask, Documents | None, float], Pair]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Mask, Documents | None, float], Triple]
+    refuses: Callable[[Tensor, Tensor, Mask, Documents | None], str | None]
 
 
-def choose(name: str, q: Tensor, k: Tensor, mask: Mask, segments: Segments | None) -> Kernel:
+def choose(name: str, q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> Kernel:
     """Find a kernel by name, or for "auto" the fastest that can do this."""
     if name != "auto" and name not in KERNELS:
         raise unknown("attention impl", name, ("auto", *KERNELS))
     order = ("cudnn", "flash", "cpu", "plain") if name == "auto" else (name,)
     for candidate in order:
-        why = KERNELS[candidate].refuses(q, k, mask, segments)
+        why = KERNELS[candidate].refuses(q, k, mask, documents)
         if why is None:
             return KERNELS[candidate]
         if name != "auto":
             raise UserError(f"attention impl {name!r} {why}. Choose impl auto or plain.")
     raise AssertionError("plain refuses nothing")
-
-
-# ---------------------------------------------------------------- plain
-
-
-def plain_scores(q: Tensor, k: Tensor, mask: Mask, segments: Segments | None, scale: float) -> Tensor:
-    """Give masked scores [B, N, H / N, Q, T] in at least float32."""
-    dtype = wide(q.dtype)
-    grouped = q.to(dtype).unflatten(2, (k.shape[2], -1)) * scale
-    scores = torch.einsum("bqnmk,btnk->bnmqt", grouped, k.to(dtype))
-    if not mask.trivial(q.shape[1], k.shape[1]):
-        scores = scores.masked_fill(~mask.pairs(q.shape[1], k.shape[1], q.device), float("-inf"))
-    if segments is not None:
-        same = segments.queries.unsqueeze(2) == segments.keys.unsqueeze(1)
-        scores = scores.masked_fill(~same[:, None, None], float("-inf"))
-    return scores
-
-
-def _plain_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segments | None, scale: float) -> Pair:
-    scores = plain_scores(q, k, mask, segments, scale)
-    lse = torch.logsumexp(scores, -1)
-    weights = torch.exp(scores - _finite(lse).unsqueeze(-1))
-    out = torch.einsum("bnmqt,btnk->bqnmk", weights, v.to(weights.dtype)).flatten(2, 3)
-    return out.to(q.dtype), lse.flatten(1, 2)
-
-
-def _plain_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, segments: Segments | None, scale: float
-) -> Triple:
-    dtype, groups = wide(q.dtype), (k.shape[2], -1)
-    g = grad.to(dtype).unflatten(2, groups)
-    scores = plain_scores(q, k, mask, segments, scale)
-    weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1))
-    dv = torch.einsum("bnmqt,bqnmk->btnk", weights, g)
-    delta = (grad.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).unflatten(1, groups)
-    ds = weights * (torch.einsum("bqnmk,btnk->bnmqt", g, v.to(dtype)) - delta.unsqueeze(-1)) * scale
-    dq = torch.einsum("bnmqt,btnk->bqnmk", ds, k.to(dtype)).flatten(2, 3)
-    dk = torch.einsum("bnmqt,bqnmk->btnk", ds, q.to(dtype).unflatten(2, groups))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """Replace -inf (a row that sees nothing) so that its weights come out 0, not NaN."""
-    return lse.masked_fill(lse == float("-inf"), 0.0)
 
 
 # ---------------------------------------------------------------- torch's CPU kernel
@@ -136,14 +53,14 @@ def _collapse(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).sum(3) if x.shape[2] != heads else x
 
 
-def _cpu_refuses(q: Tensor, k: Tensor, mask: Mask, segments: Segments | None) -> str | None:
+def _cpu_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> str | None:
     if q.device.type != "cpu":
         return f"runs on the CPU, not on {q.device.type}"
-    return _shape_refuses(q, k, mask, segments)
+    return None if documents is not None else _shape_refuses(q, k, mask, None)
 
 
-def _shape_refuses(q: Tensor, k: Tensor, mask: Mask, segments: Segments | None) -> str | None:
-    if segments is not None:
+def _shape_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> str | None:
+    if documents is not None:
         return "has no document masks"
     square = mask.offset == 0 and q.shape[1] == k.shape[1] and (mask.window is None or mask.window >= k.shape[1])
     if not (square or mask.trivial(q.shape[1], k.shape[1])):
@@ -155,7 +72,9 @@ def _causal(q: Tensor, k: Tensor, mask: Mask) -> bool:
     return not mask.trivial(q.shape[1], k.shape[1])
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segments | None, scale: float) -> Pair:
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float) -> Pair:
+    if documents is not None:
+        return cpu_documents.forward(q, k, v, mask, documents, scale)
     q, k, v = (x.transpose(1, 2) for x in (q, _expand(k, q.shape[2]), _expand(v, q.shape[2])))
     causal = _causal(q.transpose(1, 2), k.transpose(1, 2), mask)
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
@@ -163,8 +82,10 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segments
 
 
 def _cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, segments: Segments | None, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, documents: Documents | None, scale: float
 ) -> Triple:
+    if documents is not None:
+        return cpu_documents.backward(grad, q, k, v, out, lse, mask, documents, scale)
     heads, causal = k.shape[2], _causal(q, k, mask)
     args = [x.transpose(1, 2) for x in (grad, q, _expand(k, q.shape[2]), _expand(v, q.shape[2]), out)]
     grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, lse, 0.0, causal, scale=scale)
@@ -183,15 +104,15 @@ def _gpu_refuses(q: Tensor) -> str | None:
     return None
 
 
-def _cudnn_refuses(q: Tensor, k: Tensor, mask: Mask, segments: Segments | None) -> str | None:
+def _cudnn_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> str | None:
     if q.shape[-1] > 128 or q.shape[-1] % 8:
         return f"needs a head size up to 128 and divisible by 8, not {q.shape[-1]}"
     if torch.version.hip is not None:
         return "needs an NVIDIA device"
-    return _gpu_refuses(q) or _shape_refuses(q, k, mask, segments)
+    return _gpu_refuses(q) or _shape_refuses(q, k, mask, documents)
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segments | None, scale: float) -> Pair:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float) -> Pair:
     causal = _causal(q, k, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)[:2]
@@ -199,7 +120,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segmen
 
 
 def _cudnn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, segments: Segments | None, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, documents: Documents | None, scale: float
 ) -> Triple:
     args = [x.transpose(1, 2) for x in (grad, q, k, v, out)]
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
@@ -213,9 +134,12 @@ def _cudnn_backward(
 # ---------------------------------------------------------------- FlashAttention 2, as torch ships it
 
 
-def _flash_refuses(q: Tensor, k: Tensor, mask: Mask, segments: Segments | None) -> str | None:
-    if segments is not None:
-        return "has no document masks here"
+def _flash_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> str | None:
+    window = _flash_window(q, k, mask)
+    if documents is not None and (why := varlen.refuses(mask, q.shape[1], k.shape[1])):
+        return why
+    if documents is None and window and mask.window is not None and window["window_size_left"] < 0:
+        return "has no windows that end before a query's place"
     if q.shape[-1] > 256 or q.shape[-1] % 8:
         return f"needs a head size up to 256 and divisible by 8, not {q.shape[-1]}"
     return _gpu_refuses(q)
@@ -230,15 +154,19 @@ def _flash_window(q: Tensor, k: Tensor, mask: Mask) -> dict[str, int]:
     return {"window_size_left": left, "window_size_right": shift if mask.causal else -1}
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segments | None, scale: float) -> Pair:
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float) -> Pair:
+    if documents is not None:
+        return varlen.forward(varlen.torch_forward, q, k, v, mask, documents, scale)
     window = _flash_window(q, k, mask)
     out = _aten._flash_attention_forward(q, k, v, None, None, q.shape[1], k.shape[1], 0.0, False, False, scale=scale, **window)
     return out[0], out[1]
 
 
 def _flash_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, segments: Segments | None, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, documents: Documents | None, scale: float
 ) -> Triple:
+    if documents is not None:
+        return varlen.backward(varlen.torch_backward, grad, q, k, v, out, lse, mask, documents, scale)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     sizes, window = (q.shape[1], k.shape[1]), _flash_window(q, k, mask)
     args = (grad.contiguous(), q, k, v, out, lse, None, None, *sizes, 0.0, False, state, state)
@@ -249,13 +177,15 @@ def _flash_backward(
 # ---------------------------------------------------------------- the flash-attn package
 
 
-def _package_refuses(q: Tensor, k: Tensor, mask: Mask, segments: Segments | None) -> str | None:
+def _package_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> str | None:
     if importlib.util.find_spec("flash_attn") is None:
         return "needs the flash-attn package: pip install 'mtl[flash]'"
-    return _flash_refuses(q, k, mask, segments)
+    return _flash_refuses(q, k, mask, documents)
 
 
-def _package_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segments | None, scale: float) -> Pair:
+def _package_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float) -> Pair:
+    if documents is not None:
+        return varlen.forward(varlen.package_forward, q, k, v, mask, documents, scale)
     ops: Any = importlib.import_module("flash_attn.flash_attn_interface")
     window = _flash_window(q, k, mask)
     left, right = window.get("window_size_left", -1), window.get("window_size_right", -1)
@@ -264,8 +194,10 @@ def _package_forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segm
 
 
 def _package_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, segments: Segments | None, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, documents: Documents | None, scale: float
 ) -> Triple:
+    if documents is not None:
+        return varlen.backward(varlen.package_backward, grad, q, k, v, out, lse, mask, documents, scale)
     ops: Any = importlib.import_module("flash_attn.flash_attn_interface")
     window = _flash_window(q, k, mask)
     left, right = window.get("window_size_left", -1), window.get("window_size_right", -1)
@@ -294,7 +226,7 @@ def _package_backward(
 
 KERNELS: Mapping[str, Kernel] = MappingProxyType(
     {
-        "plain": Kernel(_plain_forward, _plain_backward, lambda q, k, mask, segments: None),
+        "plain": Kernel(plain.forward, plain.backward, lambda q, k, mask, documents: None),
         "cpu": Kernel(_cpu_forward, _cpu_backward, _cpu_refuses),
         "cudnn": Kernel(_cudnn_forward, _cudnn_backward, _cudnn_refuses),
         "flash": Kernel(_flash_forward, _flash_backward, _flash_refuses),
@@ -305,26 +237,26 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
 
 class _Attend(Function):
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, mask: Mask, sq: Any, sk: Any, scale: float) -> Pair:
-        return kernel.forward(q, k, v, mask, None if sq is None else Segments(sq, sk), scale)
+    def forward(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, mask: Mask, dq: Any, dk: Any, scale: float) -> Pair:
+        return kernel.forward(q, k, v, mask, None if dq is None else Documents(dq, dk), scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        q, k, v, ctx.kernel, ctx.mask, sq, sk, ctx.scale = inputs
+        q, k, v, ctx.kernel, ctx.mask, dq, dk, ctx.scale = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, *output, sq, sk)
+        ctx.save_for_backward(q, k, v, *output, dq, dk)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        q, k, v, out, lse, sq, sk = ctx.saved_tensors
-        segments = None if sq is None else Segments(sq, sk)
-        return *ctx.kernel.backward(grad, q, k, v, out, lse, ctx.mask, segments, ctx.scale), None, None, None, None, None
+        q, k, v, out, lse, dq, dk = ctx.saved_tensors
+        documents = None if dq is None else Documents(dq, dk)
+        return *ctx.kernel.backward(grad, q, k, v, out, lse, ctx.mask, documents, ctx.scale), None, None, None, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, segments: Segments | None, scale: float, impl: str = "auto") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float, impl: str = "auto") -> Tensor:
     """Attend on one device: queries [B, Q, H, K] over keys and values [B, T, N, K]; gives [B, Q, H, K]."""
-    kernel = choose(impl, q, k, mask, segments)
-    sq, sk = (None, None) if segments is None else segments
-    out = _Attend.apply(q, k, v, kernel, mask, sq, sk, scale)
+    kernel = choose(impl, q, k, mask, documents)
+    ends = (None, None) if documents is None else documents
+    out = _Attend.apply(q, k, v, kernel, mask, *ends, scale)
     assert isinstance(out, tuple)
     return out[0]

@@ -24,7 +24,7 @@ from mtl.sharding.parallel import Parallel
 
 Params = Mapping[str, Any]
 Stream = dict[str, Tensor]
-"""What travels beside the residual stream: rotary angles, document numbers, dropout's counters."""
+"""What travels beside the residual stream: rotary angles, ends of documents, dropout's counters."""
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 PLAIN = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": lambda x: F.relu(x).square()}
@@ -142,7 +142,7 @@ def sizes(cfg: Config) -> dict[str, int]:
 def embed(cfg: Config, par: Parallel, params: Params, batch: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Stream]:
     """Turn tokens (B, S) into the residual stream (B, R, D) and what travels beside it.
 
-    batch has tokens and positions (B, S), and where used segments (B, S), rows [B], slots (S) and key [].
+    batch has tokens and positions (B, S), and where used documents (B, D), rows [B], slots (S) and key [].
     """
     x = embedding(par, batch["tokens"], params["embed"]["weight"], dtype)
     stream: Stream = {}
@@ -151,8 +151,8 @@ def embed(cfg: Config, par: Parallel, params: Params, batch: Mapping[str, Tensor
         x = x + par.reshard(F.embedding(batch["positions"], table), "BSD", "BRD")
     if cfg.positions == "rotary":
         stream["cos"], stream["sin"] = angles(batch["positions"], cfg.head_size, cfg.rope_theta)
-    if "segments" in batch:
-        stream["segments"] = batch["segments"]
+    if "documents" in batch:
+        stream["documents"] = batch["documents"]
     if cfg.dropout_embed or cfg.dropout_attention or cfg.dropout_mlp:
         stream |= {"rows": batch["rows"], "slots": par.reshard(batch["slots"], "S", "R"), "key": batch["key"]}
         x = _drop(cfg.dropout_embed, par, x, stream, site=0)
@@ -229,7 +229,7 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
             q, k = rms_norm(q, norms["query_norm"], cfg.norm_eps), rms_norm(k, norms["key_norm"], cfg.norm_eps)
         if cfg.positions == "rotary":
             q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
-        return attention(par, q, k, v, cfg.window, stream.get("segments"), cfg.attention_impl)
+        return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl)
 
     y = again(core)(q, k, v, norms, stream)
     return linear(par, "BSHK,DHK->BRD", y, p["out"]["weight"], p["out"].get("bias"))

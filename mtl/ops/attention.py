@@ -1,5 +1,7 @@
 """Attention over a sequence that may be split over devices: whole, with gathered keys, or as a ring; the table decides."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,28 +9,30 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mtl.errors import UserError
-from mtl.kernels.attention import Kernel, Mask, Segments, attend, choose
+from mtl.kernels.attention import Kernel, attend, choose
+from mtl.kernels.masks import Documents, Mask
 from mtl.sharding.collectives import permute_start, wait
 from mtl.sharding.parallel import Parallel
 
 
 def attention(
-    par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, segments: Tensor | None = None, impl: str = "auto"
+    par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
-    """Attend causally. q is (B, S, H, K), k and v (B, S, G, K), segments (B, S) or None; the result is laid out like q."""
+    """Attend causally. q is (B, S, H, K), k and v (B, S, G, K); the result is laid out like q.
+
+    documents (B, D) says where the documents of each whole row end (the last at its length); without it a row is one document. However the
+    sequence is split, every device knows all ends, so masks are never sent.
+    """
     scale = q.shape[-1] ** -0.5
     q = par.reshard(q, "BSHK", "BQMK")
     k, v = (_own_heads(par, par.reshard(x, "BSGK", "BTNK")) for x in (k, v))
-    seen = None
-    if segments is not None:
-        seen = Segments(par.reshard(segments, "BS", "BQ"), par.reshard(segments, "BS", "BT"))
     split, keys_split = par.axes("Q"), par.axes("T")
     if keys_split and keys_split != split:
         raise UserError(f"rules {par.rules.name!r}: key_seq on {keys_split} needs query_seq on the same axes, not {split}.")
     if keys_split:
-        out = _ring(par, q, k, v, window, seen, scale, impl)
+        out = _ring(par, q, k, v, window, documents, scale, impl)
     else:
-        out = _gathered(par, q, k, v, window, seen, scale, impl)
+        out = _gathered(par, q, k, v, window, documents, scale, impl)
     return par.reshard(out, "BQMK", "BSHK")
 
 
@@ -57,11 +61,17 @@ def _own_heads(par: Parallel, x: Tensor) -> Tensor:
     return x.index_select(2, torch.tensor(wanted, device=x.device))
 
 
-def _gathered(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, seen: Segments | None, scale: float, impl: str) -> Tensor:
+def _ends(ends: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Count how much of each document and those before it lies in spans (start, length) of the sequence: the ends within these alone."""
+    parts = [(ends - start).clamp(0, length) for start, length in spans]
+    return sum(parts[1:], parts[0])
+
+
+def _gathered(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, ends: Tensor | None, scale: float, impl: str) -> Tensor:
     """Attend with every key at hand: each piece of the queries sees the keys up to its own end."""
     mine, pieces = chunks(par, "Q")
     if pieces == 1:
-        return attend(q, k, v, Mask(True, window), seen, scale, impl)
+        return attend(q, k, v, Mask(True, window), None if ends is None else Documents(ends, ends), scale, impl)
     size = par.mesh.size(par.axes("Q"))
     held = [c for i in range(size) for c in _chunks(par, i, size)[0]]
     length = k.shape[1] // pieces
@@ -71,59 +81,72 @@ def _gathered(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None
         return parts if held == sorted(held) else parts[:, torch.tensor([held.index(c) for c in range(pieces)], device=x.device)]
 
     k, v = in_order(k), in_order(v)
-    key_segments = None if seen is None else in_order(seen.keys)
     out: list[Tensor] = []
     for i, c in enumerate(mine):
         rows = slice(i * length, (i + 1) * length)
         first = 0 if window is None else max(0, (c * length - window + 1) // length)
         keys, values = (x[:, first : c + 1].flatten(1, 2) for x in (k, v))
         part = None
-        if seen is not None and key_segments is not None:
-            part = Segments(seen.queries[:, rows], key_segments[:, first : c + 1].flatten(1, 2))
+        if ends is not None:
+            part = Documents(_ends(ends, [(c * length, length)]), _ends(ends, [(first * length, (c + 1 - first) * length)]))
         out.append(attend(q[:, rows], keys, values, Mask(True, window, (c - first) * length), part, scale, impl))
     return torch.cat(out, 1)
 
 
-def _ring(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, seen: Segments | None, scale: float, impl: str) -> Tensor:
+def _ring(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, ends: Tensor | None, scale: float, impl: str) -> Tensor:
     axes = par.axes("Q")
-    size, index, group = par.mesh.size(axes), par.mesh.index(axes), par.mesh.group(axes)
-    plan = _Plan(par, index, size, group, q.shape[1], window, scale, impl)
-    sq, sk = (None, None) if seen is None else seen
-    out = _Ring.apply(q, k, v, sq, sk, plan)
+    plan = _Plan(par, (par.mesh.index(axes), par.mesh.size(axes), par.mesh.group(axes)), q.shape[1], window, scale, impl)
+    out = _Ring.apply(q, k, v, ends, plan)
     assert isinstance(out, tuple)
     return out[0]
 
 
+@dataclass(frozen=True, eq=False)
 class _Plan:
-    """Which blocks of a ring step count: slices of the queries and keys at hand with one mask each."""
+    """Which blocks of a ring step count: slices of the queries and keys at hand with one mask each. ``ring`` is (index, size, group)."""
 
-    def __init__(self, par: Parallel, index: int, size: int, group: str, length: int, window: int | None, scale: float, impl: str) -> None:
-        self.par, self.ring, self.length = par, (index, size, group), length
-        self.window, self.scale, self.impl = window, scale, impl
+    par: Parallel
+    ring: tuple[int, int, str]
+    length: int
+    window: int | None
+    scale: float
+    impl: str
 
-    def blocks(self, turn: int, split: bool) -> list[tuple[slice, slice, Mask]]:
-        """List the blocks of a turn, when the keys come from ``turn`` places behind. ``split`` keeps pieces apart (for windows)."""
+    def held(self, turn: int) -> tuple[int, ...]:
+        """Name the pieces of the sequence that come from ``turn`` places behind."""
         index, size, _ = self.ring
-        mine = _chunks(self.par, index, size)[0]
-        theirs = _chunks(self.par, (index - turn) % size, size)[0]
-        whole, piece = slice(0, self.length), self.length // len(mine)
-        if not split and len(mine) == 1:
-            relation = [(whole, whole, Mask(True, None, (mine[0] - theirs[0]) * piece))]
-        elif not split and turn == 0:
-            relation = [(whole, whole, Mask())]
-        elif not split:
-            early = theirs[0] < mine[0]
-            relation = [(whole, slice(0, piece), Mask(causal=False)) if early else (slice(piece, self.length), whole, Mask(causal=False))]
-        else:
-            relation = [
-                (slice(i * piece, (i + 1) * piece), slice(j * piece, (j + 1) * piece), Mask(True, self.window, (a - b) * piece))
-                for i, a in enumerate(mine)
-                for j, b in enumerate(theirs)
-            ]
-        return [(r, c, m) for r, c, m in relation if not m.empty(r.stop - r.start, c.stop - c.start)]
+        return _chunks(self.par, (index - turn) % size, size)[0]
 
-    def kernel(self, q: Tensor, k: Tensor, mask: Mask, segments: Segments | None) -> Kernel:
-        return choose(self.impl, q, k, mask, segments)
+    def blocks(self, turn: int) -> list[tuple[slice, slice, Mask]]:
+        """List the blocks of a turn. Under a window pieces are kept apart, and cut down to what sees and is seen."""
+        mine, theirs = self.held(0), self.held(turn)
+        whole, piece = slice(0, self.length), self.length // len(mine)
+        if self.window is not None:
+            pairs = [(i * piece, j * piece, (a - b) * piece) for i, a in enumerate(mine) for j, b in enumerate(theirs)]
+            return [block for pair in pairs for block in _seen(*pair, piece, self.window)]
+        if len(mine) == 1:
+            mask = Mask(True, None, (mine[0] - theirs[0]) * piece)
+            return [] if mask.empty(piece, piece) else [(whole, whole, mask)]
+        if turn == 0:
+            return [(whole, whole, Mask())]
+        early = theirs[0] < mine[0]
+        return [(whole, slice(0, piece), Mask(causal=False)) if early else (slice(piece, self.length), whole, Mask(causal=False))]
+
+    def documents(self, ends: Any, turn: int, rows: slice, cols: slice) -> Documents | None:
+        """Say where documents end within a block."""
+        if ends is None:
+            return None
+        return Documents(_ends(ends, self._spans(self.held(0), rows)), _ends(ends, self._spans(self.held(turn), cols)))
+
+    def _spans(self, pieces: tuple[int, ...], part: slice) -> list[tuple[int, int]]:
+        """Say which spans (start, length) of the whole sequence a slice of these pieces holds."""
+        size = self.length // len(pieces)
+        cuts = [(p, max(part.start, i * size) - i * size, min(part.stop, (i + 1) * size) - i * size) for i, p in enumerate(pieces)]
+        return [(p * size + low, high - low) for p, low, high in cuts if low < high]
+
+    def kernel(self, q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> Kernel:
+        """Choose the kernel of a block."""
+        return choose(self.impl, q, k, mask, documents)
 
     def turns(self, parts: list[Tensor]) -> Any:
         """Yield (turn, parts) as the parts travel round; the next turn's are on their way while this one's are used."""
@@ -134,18 +157,26 @@ class _Plan:
             parts = [wait(x).transpose(0, 1) for x in coming]
 
 
+def _seen(row: int, col: int, offset: int, piece: int, window: int) -> list[tuple[slice, slice, Mask]]:
+    """Cut a pair of pieces, ``offset`` places apart, to the queries that see a key of it and the keys that are seen."""
+    if offset < 0 or offset - piece + 1 >= window:
+        return []
+    queries, skipped = min(piece, window + piece - 1 - offset), max(0, offset - window + 1)
+    return [(slice(row, row + queries), slice(col + skipped, col + piece), Mask(True, window, offset - skipped))]
+
+
 class _Ring(Function):
     """Ring attention: keys and values travel, partial results are joined by their logsumexp; gradients of keys travel with them."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, sq: Any, sk: Any, plan: _Plan) -> tuple[Tensor, Tensor]:
+    def forward(q: Tensor, k: Tensor, v: Tensor, ends: Any, plan: _Plan) -> tuple[Tensor, Tensor]:
         total = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
         lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=total.dtype, device=q.device)
-        for turn, parts in plan.turns([k, v] if sk is None else [k, v, sk]):
-            for rows, cols, mask in plan.blocks(turn, plan.window is not None):
-                qs, ks, vs = q[:, rows], parts[0][:, cols], parts[1][:, cols]
-                segments = None if sk is None else Segments(sq[:, rows], parts[2][:, cols])
-                out, part = plan.kernel(qs, ks, mask, segments).forward(qs, ks, vs, mask, segments, plan.scale)
+        for turn, (keys, values) in plan.turns([k, v]):
+            for rows, cols, mask in plan.blocks(turn):
+                qs, ks, vs = q[:, rows], keys[:, cols], values[:, cols]
+                documents = plan.documents(ends, turn, rows, cols)
+                out, part = plan.kernel(qs, ks, mask, documents).forward(qs, ks, vs, mask, documents, plan.scale)
                 part = part.to(lse.dtype)
                 both = torch.logaddexp(lse[:, :, rows], part)
                 safe = both.masked_fill(both == float("-inf"), 0.0)
@@ -156,15 +187,15 @@ class _Ring(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.plan = inputs[5]
+        ctx.plan = inputs[4]
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs[:5], *output)
+        ctx.save_for_backward(*inputs[:4], *output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         grads = _RingBackward.apply(grad, *ctx.saved_tensors, ctx.plan)
         assert isinstance(grads, tuple)
-        return *grads, None, None, None
+        return *grads, None, None
 
 
 class _RingBackward(Function):
@@ -172,18 +203,18 @@ class _RingBackward(Function):
 
     @staticmethod
     def forward(
-        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, sq: Any, sk: Any, out: Tensor, lse: Tensor, plan: _Plan
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, ends: Any, out: Tensor, lse: Tensor, plan: _Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
         index, size, group = plan.ring
         dq = torch.zeros_like(q, dtype=lse.dtype)
         carried = [torch.zeros_like(x, dtype=lse.dtype) for x in (k, v)]
-        for turn, parts in plan.turns([k, v] if sk is None else [k, v, sk]):
-            for rows, cols, mask in plan.blocks(turn, plan.window is not None):
-                qs, ks, vs = q[:, rows], parts[0][:, cols], parts[1][:, cols]
-                segments = None if sk is None else Segments(sq[:, rows], parts[2][:, cols])
-                run = plan.kernel(qs, ks, mask, segments).backward
+        for turn, (keys, values) in plan.turns([k, v]):
+            for rows, cols, mask in plan.blocks(turn):
+                qs, ks, vs = q[:, rows], keys[:, cols], values[:, cols]
+                documents = plan.documents(ends, turn, rows, cols)
+                run = plan.kernel(qs, ks, mask, documents).backward
                 args = (grad[:, rows], qs, ks, vs, out[:, rows], lse[:, :, rows].contiguous())
-                gq, gk, gv = run(*args, mask, segments, plan.scale)
+                gq, gk, gv = run(*args, mask, documents, plan.scale)
                 dq = _put(dq, dq[:, rows] + gq, 1, rows)
                 carried = [_put(c, c[:, cols] + g, 1, cols) for c, g in zip(carried, (gk, gv), strict=True)]
             sent = [permute_start(c.transpose(0, 1), 1, index, size, group) for c in carried]
