@@ -120,7 +120,7 @@ _LETTERS = (
     "W=55775 X=55255 Y=55222 Z=71247 .=00002 ,=00024 :=02020 %=51245 -=00700 _=00007 /=11244 (=12221 )=42224 '=22000 +=02720"
 )
 """Each letter is five rows of three points, a row an octal digit."""
-_FONT = dict(word.split("=", 1) for word in _LETTERS.split())
+_FONT = {word[0]: word[2:] for word in _LETTERS.split()}
 
 
 def _write_words(picture: np.ndarray, mark: Mark) -> None:
