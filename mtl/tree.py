@@ -35,6 +35,16 @@ def paths(tree: Tree) -> list[tuple[str, Any]]:
     return [(_spell(keys), leaf) for keys, leaf in pytree.tree_flatten_with_path(tree)[0]]
 
 
+def keyed(tree: Tree, empty: bool = False) -> list[tuple[tuple[str | int, ...], Any]]:
+    """List (keys, leaf) pairs: names of dict entries and fields, numbers of places. With ``empty``, empty containers count as leaves."""
+
+    def is_empty(x: Any) -> bool:
+        return isinstance(x, dict | list | tuple) and not x
+
+    found = pytree.tree_flatten_with_path(tree, is_leaf=is_empty if empty else None)[0]
+    return [(tuple(k.idx if isinstance(k, pytree.SequenceKey) else _spell((k,)) for k in keys), leaf) for keys, leaf in found]
+
+
 def map_paths(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """Apply ``fn(path, leaf)`` to every leaf."""
     return pytree.tree_map_with_path(lambda keys, leaf: fn(_spell(keys), leaf), tree)

@@ -34,8 +34,14 @@ def imports(path: Path) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(node.lineno, a.name) for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [(node.lineno, f"{node.module}.{a.name}" if node.module == "mtl" else node.module) for a in node.names]
+            found += [(node.lineno, submodule(node.module, a.name)) for a in node.names]
     return [(line, m) for line, m in found if m.split(".")[0] in ("mtl", "sharding_rules", "experiments", "tests")]
+
+
+def submodule(package: str, name: str) -> str:
+    """Say what ``from package import name`` needs: a module of that name, or the package itself."""
+    inner = ROOT.joinpath(*package.split("."), name)
+    return f"{package}.{name}" if package == "mtl" or inner.is_dir() or inner.with_suffix(".py").exists() else package
 
 
 def module_of(path: Path) -> str:

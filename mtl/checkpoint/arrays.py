@@ -1,0 +1,104 @@
+"""Arrays on disk through tensorstore: zarr3, tiles inside files, crc32c over every tile; and torch memory as numpy sees it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+import torch
+from torch import Tensor
+
+from mtl.errors import UserError
+
+_SAME = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64", "complex64")
+_ODD = {"bfloat16": torch.int16, "float8_e4m3fn": torch.uint8, "float8_e5m2": torch.uint8}
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType({name: getattr(torch, name) for name in (*_SAME, "complex128", *_ODD)})
+"""Types a checkpoint can hold, by tensorstore's names."""
+
+
+def context(threads: int = 4) -> Any:
+    """Make a tensorstore context: ``threads`` copy and check at once, no cache."""
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": 0},
+            "file_io_concurrency": {"limit": 16},
+            "data_copy_concurrency": {"limit": max(1, threads)},
+        }
+    )
+
+
+def dtype_name(dtype: torch.dtype, what: str) -> str:
+    """Name a type as files do."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"{what} has type {dtype}, which checkpoints cannot hold. They hold {', '.join(DTYPES)}.")
+    return name
+
+
+def as_numpy(x: Tensor) -> Any:
+    """View a CPU tensor as a numpy array: the same memory, bfloat16 and float8 included."""
+    name = str(x.dtype).removeprefix("torch.")
+    if name in _ODD:
+        return x.view(_ODD[name]).numpy().view(getattr(ml_dtypes, name))
+    return x.numpy()
+
+
+def metadata(shape: Sequence[int], dtype: str, chunk: Sequence[int], tile: Sequence[int]) -> dict[str, Any]:
+    """Give an array's zarr.json: files of ``chunk``, in each of them tiles with a checksum."""
+    plain: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    if np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize == 1:
+        plain = [{"name": "bytes"}, {"name": "crc32c"}]
+    index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    inside = {"chunk_shape": list(tile), "codecs": plain, "index_codecs": index}
+    return {
+        "shape": list(shape),
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, n) for n in chunk]}},
+        "chunk_key_encoding": {"name": "default"},
+        "data_type": dtype,
+        "fill_value": False if dtype == "bool" else [0, 0] if dtype.startswith("complex") else 0,
+        "codecs": plain if tuple(tile) == tuple(chunk) else [{"name": "sharding_indexed", "configuration": inside}],
+    }
+
+
+def create(folder: Path, name: str, meta: Mapping[str, Any], ctx: Any) -> Any:
+    """Write an array's zarr.json; gives a future."""
+    return ts.open(_spec(folder, name) | {"metadata": dict(meta)}, create=True, context=ctx)
+
+
+def open_new(folder: Path, name: str, meta: Mapping[str, Any], ctx: Any) -> Any:
+    """Open an array that is being written, without reading its zarr.json; gives a future."""
+    spec = _spec(folder, name) | {"metadata": dict(meta), "store_data_equal_to_fill_value": True}
+    return ts.open(spec, open=True, assume_metadata=True, context=ctx)
+
+
+def open_old(folder: Path, name: str, ctx: Any, driver: str = "zarr3", ocdbt: bool = False) -> Any:
+    """Open an array to read; a missing file is an error, never zeros. Gives a future."""
+    spec = {**_spec(folder, name), "driver": driver, "fill_missing_data_reads": False}
+    if ocdbt:
+        spec["kvstore"] = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}, "path": f"{name}/"}
+    return ts.open(spec, open=True, read=True, context=ctx)
+
+
+def window(array: Any, offset: Sequence[int], shape: Sequence[int]) -> Any:
+    """Take a box of a tensorstore array, with its origin at zero."""
+    if not shape:
+        return array
+    where = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+    return array[where].translate_to[tuple(0 for _ in shape)]
+
+
+def write(array: Any, offset: Sequence[int], x: Any) -> Any:
+    """Write a numpy array into a box; gives a future. The memory must stay as it is until then."""
+    return window(array, offset, x.shape).write(x, can_reference_source_data_indefinitely=True)
+
+
+def read_into(array: Any, offset: Sequence[int], x: Any) -> Any:
+    """Read a box into a numpy array's memory; gives a future."""
+    return ts.array(x).write(window(array, offset, x.shape))
+
+
+def _spec(folder: Path, name: str) -> dict[str, Any]:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/{name}/"}}

@@ -1,0 +1,166 @@
+"""Files beside the arrays: JSON flushed to the disk, checksums, the commit as one rename, and a lock against a second writer."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtl.checkpoint.peers import CheckpointError
+from mtl.errors import UserError
+
+ITEM = "state"
+MANIFEST = "_mtl.json"
+VERSION = 1
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""A folder with this ending is being written, or was left behind; Orbax and mtl never list it."""
+
+
+def dump(value: Any) -> bytes:
+    """Spell JSON one way: sorted keys, no surprises."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def as_json(value: Any, what: str) -> bytes:
+    """Spell a user's value as JSON, or say why it is none."""
+    try:
+        return dump(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{what} cannot be saved as JSON: {error}. Use numbers, strings, lists and dicts with string keys.") from None
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file and flush it to the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(path: Path) -> None:
+    """Flush a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_tree(path: Path) -> None:
+    """Flush a folder and all folders under it."""
+    for folder, _, _ in os.walk(path):
+        flush_folder(Path(folder))
+
+
+def stamp(data: bytes) -> dict[str, Any]:
+    """Give a file's size and checksum."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def seal(manifest: Mapping[str, Any]) -> bytes:
+    """Spell a manifest with its own checksum."""
+    return dump({**manifest, "checksum": hashlib.sha256(dump(manifest)).hexdigest()})
+
+
+def unseal(path: Path) -> dict[str, Any]:
+    """Read a manifest and check it."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        checksum = manifest.pop("checksum")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}). Restore another checkpoint.") from None
+    version = manifest.get("format_version")
+    if isinstance(version, int) and version > VERSION:
+        raise CheckpointError(f"{path} has format version {version}; this mtl reads up to {VERSION}. Use a newer mtl.")
+    if version != VERSION:
+        raise CheckpointError(f"{path} has format version {version!r}; this mtl reads {VERSION}.")
+    if hashlib.sha256(dump(manifest)).hexdigest() != checksum:
+        raise CheckpointError(f"{path} is damaged: its checksum does not match. Restore another checkpoint.")
+    return manifest
+
+
+def check_file(folder: Path, name: str, want: Mapping[str, Any]) -> bytes:
+    """Read a file that a manifest lists and check it."""
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder / name} cannot be read ({error.strerror}), but the checkpoint lists it.") from None
+    if stamp(data) != dict(want):
+        raise CheckpointError(f"{folder / name} is damaged: its checksum does not match. Restore another checkpoint.")
+    return data
+
+
+def unfinished(path: Path) -> Path:
+    """Name the folder that a checkpoint is written in before it is committed."""
+    return path.with_name(path.name + UNFINISHED)
+
+
+def publish(path: Path) -> None:
+    """Make a written checkpoint visible in one step, on the disk too."""
+    partial = unfinished(path)
+    flush_tree(partial)
+    if path.exists():
+        raise CheckpointError(
+            f"{path} came into being while this checkpoint was written: two programs save there. Nothing was overwritten."
+        )
+    partial.rename(path)
+    flush_folder(path.parent)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write where something is already."""
+    if path.exists():
+        raise UserError(f"{path} exists already. Checkpoints are never overwritten: choose another folder, or remove it first.")
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint so that an interruption never leaves half of it under its name."""
+    doomed = path if path.name.endswith(UNFINISHED) else path.with_name(f".trash-{path.name}{UNFINISHED}")
+    if doomed != path:
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.rename(doomed)
+        flush_folder(path.parent)
+    shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str) -> Generator[None]:
+    """Hold the lock file ``path`` for the time of the block; the operating system drops it when the process ends, however it ends."""
+    release = take_lock(path, what)
+    try:
+        yield
+    finally:
+        release()
+
+
+def take_lock(path: Path, what: str) -> Any:
+    """Take the lock file ``path`` or refuse; gives the function that releases it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(f"another program is writing {what} now (it holds {path}). Two must not share one folder.") from None
+        except OSError:
+            return _nothing_held(handle)  # a file system without locks
+        with contextlib.suppress(OSError):
+            if path.stat().st_ino == os.fstat(handle).st_ino:
+                break
+        os.close(handle)
+
+    def release() -> None:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(handle)
+
+    return release
+
+
+def _nothing_held(handle: int) -> Any:
+    return lambda: os.close(handle)

@@ -1,0 +1,285 @@
+"""Save a tree of tensors as global arrays: every process writes what it holds, each file once, and rank 0 commits them together."""
+
+import math
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from mtl import __version__, tree
+from mtl.checkpoint import arrays, files, geometry, orbax
+from mtl.checkpoint.files import ITEM, MANIFEST, VERSION
+from mtl.checkpoint.geometry import Box, Split
+from mtl.checkpoint.peers import Peers, peers
+from mtl.errors import UserError
+
+Part = Callable[[str, Box], Tensor]
+"""``part(name, (offset, shape))`` gives that box of a leaf, on any device."""
+
+IN_FLIGHT = 512 << 20
+"""Bytes that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
+
+
+@dataclass(frozen=True)
+class PlannedLeaf:
+    """One array: what is common to all processes, and the boxes that this one writes."""
+
+    name: str
+    keys: orbax.Keys
+    split: Split
+    dtype: str
+    chunk: tuple[int, ...]
+    tile: tuple[int, ...]
+    mine: tuple[Box, ...]
+
+    def meta(self) -> dict[str, Any]:
+        """Give its zarr.json."""
+        return arrays.metadata(self.split.shape, self.dtype, self.chunk, self.tile)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a save writes."""
+
+    leaves: tuple[PlannedLeaf, ...]
+    empty: tuple[tuple[orbax.Keys, Any], ...]
+
+
+def save(
+    path: str | Path,
+    state: tree.Tree,
+    *,
+    host: Any = None,
+    config: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    part: Part | None = None,
+) -> None:
+    """Save a tree of tensors as one committed checkpoint; every process calls this alike.
+
+    Leaves are DTensors on any mesh, or plain tensors that every process holds alike. ``host`` (data cursor, seeds, run id) and ``config``
+    are JSON. ``extra`` maps names with a leading ``_``, such as ``_model/tokenizer.json``, to JSON, to bytes or to a `Path` that is copied;
+    all of it is committed with the arrays. Nothing is ever overwritten.
+
+    With ``part``, leaves may be meta tensors: ``part(name, (offset, shape))`` is called for one box after the other and gives its values,
+    so that a tree larger than memory can be written. In several processes each is asked for its share alone.
+    """
+    path, group = Path(path).absolute(), peers()
+    plan = make_plan(state, group)
+    small = small_files(host, config, extra)
+    state = regular(state)
+    part = part or part_of(state)
+    write_checkpoint(path, plan, small, group, ((leaf, box, part(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine))
+
+
+def make_plan(state: tree.Tree, group: Peers) -> Plan:
+    """Decide which process writes which box of which leaf: the same plan on every process."""
+    entries = tree.keyed(state, empty=True)
+    empty = [(keys, x) for keys, x in entries if x is None or (isinstance(x, dict | list | tuple) and not x)]
+    leaves: list[tuple[str, orbax.Keys, Any]] = [
+        (".".join(str(k) for k in keys), keys, x) for keys, x in entries if x is not None and not isinstance(x, dict | list | tuple)
+    ]
+    check_names([(name, keys) for name, keys, _ in leaves])
+    splits: list[tuple[Split, tuple[int, ...], int]] = []
+    for name, _, x in leaves:
+        if not isinstance(x, Tensor):
+            raise UserError(
+                f"checkpoint leaf {name!r} is a {type(x).__name__}: expected a tensor. Numbers and text go into host= or config=."
+            )
+        arrays.dtype_name(x.dtype, f"checkpoint leaf {name!r}")
+        if x.numel() == 0:
+            raise UserError(f"checkpoint leaf {name!r} of shape {tuple(x.shape)} has no elements, which Orbax cannot hold. Leave it out.")
+        split = _outermost(geometry.split_of(name, x, group.world))
+        splits.append((split, geometry.file_shape(split, x.dtype.itemsize), x.dtype.itemsize))
+    shares = geometry.writers(splits, group.world)
+    planned = tuple(
+        PlannedLeaf(
+            name, keys, split, arrays.dtype_name(x.dtype, name), chunk, geometry.tile_shape(chunk, size), tuple(share.get(group.rank, ()))
+        )
+        for (name, keys, x), (split, chunk, size), share in zip(leaves, splits, shares, strict=True)
+    )
+    return Plan(planned, tuple(empty))
+
+
+def check_names(names: Iterable[tuple[str, orbax.Keys]]) -> None:
+    """Refuse names that would meet in one file or hide ours: joined by dots they must differ."""
+    known: dict[str, orbax.Keys] = {}
+    for name, keys in names:
+        if name in known:
+            raise UserError(f"checkpoint leaves {known[name]} and {keys} are both called {name!r}: rename one of them.")
+        if not name or name.startswith(("_", ".")) or "/" in name or name.endswith(".") or ".." in name or len(name.encode()) > 240:
+            raise UserError(
+                f"checkpoint leaf {name!r} cannot be a folder's name: it must be 1 to 240 bytes long, have no '/', no empty part and not "
+                "begin with '_', which is kept for other files."
+            )
+        known[name] = keys
+
+
+def regular(state: tree.Tree) -> tree.Tree:
+    """Give leaves whose parts lie on no grid (one dimension cut unevenly by several mesh dimensions) the outermost cut alone."""
+
+    def mend(path: str, x: Any) -> Any:
+        if not isinstance(x, DTensor) or geometry.split_of(path, x, 1).regular():
+            return x
+        kept = _outermost(geometry.split_of(path, x, 1))
+        by_axis = {cut[0]: d for d, cut in enumerate(kept.cuts) if cut and len(cut) == 1}
+        by_axis |= {i: d for d, cut in enumerate(kept.cuts) for i in cut}
+        return x.redistribute(placements=[Shard(by_axis[i]) if i in by_axis else Replicate() for i in range(x.device_mesh.ndim)])
+
+    return tree.map_paths(mend, state)
+
+
+def part_of(state: tree.Tree) -> Part:
+    """Read boxes from this process's part of every leaf."""
+    held: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    for name, x in tree.paths(state):
+        if isinstance(x, DTensor):
+            place: Any = x.device_mesh.get_coordinate()
+            if place is not None:
+                held[name] = (geometry.split_of(name, x, 1).box(place)[0], x.to_local().detach())
+        elif isinstance(x, Tensor):
+            held[name] = ((0,) * x.dim(), x.detach())
+
+    def part(name: str, box: Box) -> Tensor:
+        offset, local = held[name]
+        return local[tuple(slice(o - start, o - start + n) for o, n, start in zip(*box, offset, strict=True))]
+
+    return part
+
+
+def small_files(host: Any, config: Any, extra: Mapping[str, Any] | None) -> dict[str, bytes | Path]:
+    """Spell what is saved beside the arrays, or say why it cannot be."""
+    found: dict[str, bytes | Path] = {
+        "_host.json": files.as_json(host, "host state"),
+        "_config.json": files.as_json(config, "the configuration"),
+    }
+    for name, value in (extra or {}).items():
+        if not name.startswith("_") or ".." in name.split("/") or name in (*found, MANIFEST, "_METADATA", "_sharding", "_strings.json"):
+            raise UserError(
+                f"extra file {name!r}: its name must begin with '_', lie inside the checkpoint and not be one that it uses itself."
+            )
+        if isinstance(value, Path) and not value.is_file():
+            raise UserError(f"extra file {name!r}: {value} is no file.")
+        found[name] = value if isinstance(value, bytes | Path) else files.as_json(value, f"extra file {name!r}")
+    return found
+
+
+def write_checkpoint(
+    path: Path,
+    plan: Plan,
+    small: Mapping[str, bytes | Path],
+    group: Peers,
+    pieces: Iterable[tuple[PlannedLeaf, Box, Tensor]],
+    threads: int | None = None,
+) -> None:
+    """Write beside the place, flush, and commit: visible whole on every process's return, or not at all."""
+    begun, ctx = time.time(), arrays.context(threads or min(8, os.cpu_count() or 1))
+    folder = files.unfinished(path) / ITEM
+    unlock: list[Callable[[], None]] = []
+    try:
+        group.together(f"begin {path}", lambda: unlock.append(_begin(path, plan, ctx)) if group.rank == 0 else None)
+        group.together(f"write {path}", lambda: _write_pieces(folder, pieces, ctx))
+        group.together(f"commit {path}", lambda: _commit(path, plan, small, begun) if group.rank == 0 else None)
+    except BaseException:
+        if group.rank == 0 and unlock:
+            shutil.rmtree(files.unfinished(path), ignore_errors=True)
+        raise
+    finally:
+        for release in unlock:
+            release()
+
+
+def _begin(path: Path, plan: Plan, ctx: Any) -> Callable[[], None]:
+    files.refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unlock = files.take_lock(path.with_name(f".{path.name}.lock"), str(path))
+    try:
+        partial = files.unfinished(path)
+        if partial.exists():  # left behind: its writer would hold the lock
+            shutil.rmtree(partial)
+        (partial / ITEM).mkdir(parents=True)
+        for future in [arrays.create(partial / ITEM, leaf.name, leaf.meta(), ctx) for leaf in plan.leaves]:
+            future.result()
+    except BaseException:
+        unlock()
+        raise
+    return unlock
+
+
+def _write_pieces(folder: Path, pieces: Iterable[tuple[PlannedLeaf, Box, Tensor]], ctx: Any) -> None:
+    opened: dict[str, Any] = {}
+    flying: deque[tuple[Any, int]] = deque()
+    bytes_flying = 0
+    for leaf, (offset, shape), values in pieces:
+        if tuple(values.shape) != shape or str(values.dtype) != f"torch.{leaf.dtype}":
+            raise UserError(
+                f"checkpoint leaf {leaf.name!r}: the part at {offset} is {values.dtype} {tuple(values.shape)}, "
+                f"expected {leaf.dtype} {shape}."
+            )
+        if leaf.name not in opened:
+            opened = {leaf.name: arrays.open_new(folder, leaf.name, leaf.meta(), ctx).result()}
+        x = arrays.as_numpy(values.cpu())
+        while flying and bytes_flying + x.nbytes > IN_FLIGHT:
+            done, size = flying.popleft()
+            done.result()
+            bytes_flying -= size
+        flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
+        bytes_flying += x.nbytes
+    for done, _ in flying:
+        done.result()
+
+
+def _commit(path: Path, plan: Plan, small: Mapping[str, bytes | Path], begun: float) -> None:
+    partial = files.unfinished(path)
+    folder = partial / ITEM
+    for leaf in plan.leaves:
+        lost = next((f for f in _file_names(leaf) if not (folder / f).is_file()), None)
+        if lost is not None:
+            raise UserError(f"{folder / lost} was written but is not there: another program removed it. Nothing was committed.")
+    listed: dict[str, Any] = {f"{leaf.name}/zarr.json": (folder / leaf.name / "zarr.json").read_bytes() for leaf in plan.leaves}
+    listed |= {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
+    listed["_METADATA"] = orbax.tree_metadata([leaf.keys for leaf in plan.leaves], plan.empty)
+    for name, data in listed.items():
+        if not name.endswith("/zarr.json") or name.startswith("_"):
+            files.write_file(folder / name, data)
+    manifest = {
+        "format_version": VERSION,
+        "written_by": {"mtl": __version__, "torch": torch.__version__},
+        "arrays": {leaf.name: _describe(leaf) for leaf in plan.leaves},
+        "files": {name: files.stamp(data) for name, data in listed.items()},
+    }
+    files.write_file(folder / MANIFEST, files.seal(manifest))
+    files.write_file(partial / "_CHECKPOINT_METADATA", orbax.step_metadata(begun))
+    files.write_file(partial / "commit_success.txt", b"Checkpoint commit was successful.\n")
+    files.publish(path)
+
+
+def _describe(leaf: PlannedLeaf) -> dict[str, Any]:
+    return {
+        "keys": list(leaf.keys),
+        "shape": list(leaf.split.shape),
+        "dtype": leaf.dtype,
+        "file": list(leaf.chunk),
+        "tile": list(leaf.tile),
+    }
+
+
+def _file_names(leaf: PlannedLeaf) -> Iterable[str]:
+    grid = [range(math.ceil(n / c)) for n, c in zip(leaf.split.shape, leaf.chunk, strict=True)]
+    for place in geometry.places(grid):
+        yield "/".join([leaf.name, "c", *(str(i) for i in place)])
+
+
+def _outermost(split: Split) -> Split:
+    if split.regular():
+        return split
+    parts = split.parts()
+    kept = [cut[:1] if len(cut) > 1 and n % p else cut for n, p, cut in zip(split.shape, parts, split.cuts, strict=True)]
+    return Split(split.shape, tuple(kept), split.mesh, split.ranks)

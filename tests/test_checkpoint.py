@@ -1,0 +1,191 @@
+"""Saving and restoring: any tree, any mesh, bit for bit; and what is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtl import checkpoint, tree
+from mtl.checkpoint import geometry
+from mtl.checkpoint.arrays import DTYPES
+from tests.cases.checkpoint import values
+from tests.ranks import Ranks
+from tests.small import MESHES
+
+CASE = "tests.cases.checkpoint:"
+
+
+def small() -> dict[str, Any]:
+    """A tree of every kind of node and type."""
+    odd = {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in DTYPES.items()}
+    return {"params": {"w": values((40, 30)), "layers": [values((3,)), {"b": values((2, 2))}]}, "step": torch.tensor(7), "odd": odd}
+
+
+def meta(state: Any) -> Any:
+    """The same tree without memory."""
+    return tree.map(lambda x: torch.empty_like(x, device="meta"), state)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Bitwise."""
+    pairs = zip(tree.paths(a), tree.paths(b), strict=True)
+    return all(n == m and x.dtype == y.dtype and x.view(torch.uint8).equal(y.view(torch.uint8)) for (n, x), (m, y) in pairs if x.dim())
+
+
+def test_every_type_and_node_comes_back(tmp_path: Path) -> None:
+    state = small()
+    extra = {"_model/config.json": {"layers": 2}, "_model/tokenizer.bin": b"\x00\x01", "_note": Path(__file__)}
+    checkpoint.save(tmp_path / "c", state, host={"step": 7}, config={"lr": 0.1}, extra=extra)
+    back = checkpoint.restore(tmp_path / "c", meta(state))
+    assert same(back, state) and back["step"] == 7
+    found = checkpoint.inspect(tmp_path / "c")
+    assert found.host == {"step": 7} and found.config == {"lr": 0.1} and found.by_mtl
+    assert found.arrays["params.layers.1.b"].shape == (2, 2) and found.arrays["odd.bfloat16"].dtype == "bfloat16"
+    assert json.loads(found.read("_model/config.json")) == {"layers": 2} and found.read("_model/tokenizer.bin") == b"\x00\x01"
+    assert found.read("_note") == Path(__file__).read_bytes()
+    assert checkpoint.structure(found)["params"]["layers"][1]["b"].name == "params.layers.1.b"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+
+
+def test_a_subset_and_other_types_can_be_asked_for(tmp_path: Path) -> None:
+    state = small()
+    checkpoint.save(tmp_path / "c", state)
+    params = checkpoint.restore(tmp_path / "c", {"params": meta(state["params"])})
+    assert same(params, {"params": state["params"]})
+    cast = checkpoint.restore(tmp_path / "c", {"params": {"w": torch.empty(40, 30, dtype=torch.bfloat16)}}, subset=True)
+    assert cast["params"]["w"].equal(state["params"]["w"].bfloat16())
+
+
+def test_differences_are_listed_by_path_before_anything_is_read(tmp_path: Path) -> None:
+    state = {"a": {"w": values((4, 4)), "b": values((3,))}, "n": torch.tensor(1)}
+    checkpoint.save(tmp_path / "c", state)
+    shutil.rmtree(tmp_path / "c/state/a.w/c")
+    other = {"a": {"w": torch.empty(4, 5), "v": torch.empty(2)}, "n": torch.tensor(1.0)}
+    with pytest.raises(checkpoint.CheckpointError) as error:
+        checkpoint.restore(tmp_path / "c", other)
+    text = str(error.value)
+    assert "a.v: not in the checkpoint" in text and "a.b: in the checkpoint, but not asked for" in text
+    assert "a.w: shape (4, 4) in the checkpoint, (4, 5) asked for" in text and "n: type int64 in the checkpoint, float32 asked for" in text
+    with pytest.raises(checkpoint.CheckpointError, match=r"n: in the checkpoint, but not asked for"):
+        checkpoint.restore(tmp_path / "c", {"a": meta(state["a"])})
+
+
+def test_a_missing_file_is_an_error_and_never_zeros(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", {"w": torch.zeros(4, 4)})
+    assert (tmp_path / "c/state/w/c/0/0").is_file(), "zeros are stored too"
+    (tmp_path / "c/state/w/c/0/0").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"array 'w' is damaged or incomplete"):
+        checkpoint.restore(tmp_path / "c", {"w": torch.empty(4, 4)})
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "collision": (lambda: {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "both called 'a.b'"),
+    "empty": (lambda: {"a": torch.ones(0, 3)}, "has no elements"),
+    "number": (lambda: {"a": 3}, "is a int: expected a tensor"),
+    "hidden": (lambda: {"_METADATA": torch.ones(1)}, "not begin with '_'"),
+    "slash": (lambda: {"a/b": torch.ones(1)}, "no '/'"),
+    "dots": (lambda: {"..": torch.ones(1)}, "no empty part"),
+    "type": (lambda: {"a": torch.ones(1).to(torch.complex32)}, "checkpoints cannot hold"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_saved_is_refused(name: str, tmp_path: Path) -> None:
+    make, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save(tmp_path / "c", make())
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "c", {"a": torch.ones(2)})
+    with pytest.raises(ValueError, match="exists already"):
+        checkpoint.save(tmp_path / "c", {"a": torch.zeros(2)})
+    assert checkpoint.restore(tmp_path / "c", {"a": torch.empty(2)})["a"].sum() == 2
+    with pytest.raises(ValueError, match="cannot be saved as JSON"):
+        checkpoint.save(tmp_path / "d", {"a": torch.ones(2)}, host={"a": object()})
+    with pytest.raises(ValueError, match="must begin with '_'"):
+        checkpoint.save(tmp_path / "d", {"a": torch.ones(2)}, extra={"a": 1})
+
+
+def test_any_layout_restores_what_any_other_saved(ranks: Ranks, tmp_path: Path) -> None:
+    saved = {"single": 1, "fsdp_tensor": 8, "zero1": 8, "hsdp": 4, "tensor": 4}
+    paths = []
+    for table, world in saved.items():
+        paths.append(str(tmp_path / f"{table}{world}"))
+        ranks.run(CASE + "save", world, table=table, world=world, path=paths[-1])
+    for world in (1, 2, 4, 8):
+        layouts = [[table, world] for table in ("single", "ddp", "fsdp", "fsdp_tensor", "tensor") if world in MESHES[table]]
+        assert ranks.run(CASE + "matrix", world, paths=paths, layouts=layouts) == []
+
+
+@pytest.mark.parametrize(("first", "second"), [((2, 2), (1, 1)), ((2, 2), (4, 1)), ((1, 3), (2, 2)), ((4, 2), (2, 3)), ((1, 1), (2, 4))])
+def test_uneven_nested_and_replicated_leaves(first: tuple[int, int], second: tuple[int, int], ranks: Ranks, tmp_path: Path) -> None:
+    path = str(tmp_path / "c")
+    ranks.run(CASE + "save_odd", first[0] * first[1], rows=first[0], columns=first[1], path=path)
+    assert ranks.run(CASE + "restore_odd", second[0] * second[1], rows=second[0], columns=second[1], path=path)
+    back = checkpoint.restore(path, {name: torch.empty(s) for name, s in {"nested_uneven": (13, 3), "both": (7, 9)}.items()}, subset=True)
+    assert back["nested_uneven"].equal(values((13, 3))) and back["both"].equal(values((7, 9)))
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_tree_can_be_written_box_by_box(world: int, ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(CASE + "streamed", world, path=str(tmp_path / "c"))
+    back = checkpoint.restore(tmp_path / "c", {"w": torch.empty(3000, 1000), "b": torch.empty(7, dtype=torch.bfloat16)})
+    assert back["w"].equal(values((3000, 1000))) and back["b"].equal(values((7,), torch.bfloat16))
+
+
+def test_every_process_gets_the_same_refusal(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    assert "exists already" in ranks.run(CASE + "refusal", 4, kind="exists", path=str(tmp_path / "there"))
+    assert "a sum is outstanding" in ranks.run(CASE + "refusal", 2, kind="partial", path=str(tmp_path / "c"))
+    assert "process 1: [Errno 28] No space left" in ranks.run(CASE + "refusal", 4, kind="writer", path=str(tmp_path / "c"))
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
+
+
+def split(shape: tuple[int, ...], cuts: tuple[tuple[int, ...], ...], mesh: tuple[int, ...]) -> geometry.Split:
+    """A split on ranks 0, 1, ..."""
+    return geometry.Split(shape, cuts, mesh, tuple(range(torch.Size(mesh).numel())))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        split((32, 4096, 14336), ((), (0,), (1,)), (4, 2)),
+        split((32, 4096, 32, 128), ((), (0,), (1,), ()), (8, 4)),
+        split((50257, 768), ((1,), (0,)), (2, 4)),
+        split((50257, 768), ((), ()), (4, 2)),
+        split((8, 4096), ((), (0,)), (2, 2)),
+        split((1009, 1013, 3), ((), (), ()), (3,)),
+    ],
+)
+def test_files_cover_an_array_once_and_tiles_divide_them(case: geometry.Split) -> None:
+    chunk = geometry.file_shape(case, 4)
+    tile = geometry.tile_shape(chunk, 4)
+    assert all(c % t == 0 for c, t in zip(chunk, tile, strict=True)), (chunk, tile)
+    size = 4 * torch.Size(tile).numel()
+    assert size <= geometry.TILE_BYTES
+    if 4 * torch.Size(chunk).numel() > 4 << 20 and 1009 not in case.shape:
+        assert size >= geometry.TILE_BYTES // 4, (chunk, tile)
+    world = len(case.ranks)
+    shares = geometry.writers([(case, chunk, 4)], world)[0]
+    elements = [sum(torch.Size(shape).numel() for _, shape in shares.get(r, [])) for r in range(world)]
+    assert sum(elements) == torch.Size(case.shape).numel()
+    assert max(elements) <= 1.35 * sum(elements) / world or sum(elements) * 4 < geometry.SHARE_BYTES * world, elements
+    corners = {tuple(o // c for o, c in zip(offset, chunk, strict=True)) for boxes in shares.values() for offset, _ in boxes}
+    assert len(corners) == sum(len(boxes) for boxes in shares.values()), "one writer a file"
+    assert all(o % c == 0 for boxes in shares.values() for offset, _ in boxes for o, c in zip(offset, chunk, strict=True))
+
+
+def test_an_unfinished_folder_is_named_and_a_stale_one_is_replaced(tmp_path: Path) -> None:
+    left = tmp_path / "c.orbax-checkpoint-tmp"
+    (left / "state/old").mkdir(parents=True)
+    with pytest.raises(checkpoint.CheckpointError, match="was never finished"):
+        checkpoint.inspect(left)
+    checkpoint.save(tmp_path / "c", {"a": torch.ones(2)})
+    assert not left.exists() and not (tmp_path / "c/state/old").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
