@@ -139,7 +139,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     parse_remat(setup.remat)
     make_optimizer(setup)
     for text, name in zip(python_text(), ("train", "validation"), strict=True):
-        Windows(text, 0, name)(0, train.seq_len + 1)
+        Windows(text, 0, name)(0, train.seq_len)
     one = torch.empty(1, 1, 1, 1, dtype=precision.compute, device=device)
     length = train.seq_len // (split * pieces) if split > 1 else train.seq_len
     q, k = (one.expand(1, length, n, model.head_size) for n in (model.heads, model.kv_heads))

@@ -15,7 +15,7 @@ from mtl.axes import MESH_AXES
 from mtl.data import python_text as source
 from mtl.data.batches import BatchShape, batch_at, to_device
 from mtl.data.python_text import END, python_text
-from mtl.data.samples import Windows
+from mtl.data.samples import Documents, Sample, Windows, as_sample
 from mtl.errors import UserError
 from mtl.ops.attention import chunks
 from mtl.sharding.mesh import Mesh, MeshShape
@@ -61,13 +61,14 @@ def test_a_document_stays_on_its_side(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def starts(windows: Windows, indices: range, length: int) -> list[int]:
     """Find where samples start in a text that counts up."""
-    found = [windows(i, length) for i in indices]
-    assert all(s.dtype == np.int64 and np.array_equal(s, np.arange(s[0], s[0] + length)) for s in found)
-    return [int(s[0]) for s in found]
+    found = [windows(i, length - 1) for i in indices]
+    assert all(s.tokens.dtype == np.int64 and np.array_equal(s.tokens, np.arange(s.tokens[0], s.tokens[0] + length - 1)) for s in found)
+    assert all(np.array_equal(s.targets, s.tokens + 1) for s in found)
+    return [int(s.tokens[0]) for s in found]
 
 
 @settings(deadline=None)
-@given(st.integers(1, 40), st.integers(2, 30), st.integers(0, 39), st.integers(0, 10**6))
+@given(st.integers(2, 40), st.integers(2, 30), st.integers(0, 39), st.integers(0, 10**6))
 def test_an_epoch_visits_every_window_once(length: int, count: int, rest: int, seed: int) -> None:
     text: Any = np.arange(length * (count + 1) + rest % length)
     windows = Windows(text, seed, "train")
@@ -90,17 +91,48 @@ def test_epochs_seeds_and_names_differ() -> None:
 
 def test_a_sample_depends_on_seed_and_index_alone() -> None:
     text = np.frombuffer(np.random.default_rng(0).bytes(10_000), np.uint8)
-    want = [Windows(text, 3, "train")(i, 33) for i in range(700)]
+    want = [Windows(text, 3, "train")(i, 32).tokens for i in range(700)]
     windows = Windows(text, 3, "train")
     for i in (699, 0, 350, 350, 12):
-        assert np.array_equal(windows(i, 33), want[i])
+        assert np.array_equal(windows(i, 32).tokens, want[i])
     assert all(w.min() >= 0 and w.max() < 256 for w in want)
 
 
 def test_a_text_that_is_too_short() -> None:
-    assert len(Windows(np.zeros(66, np.uint8), 0, "train")(0, 33)) == 33
+    assert len(Windows(np.zeros(66, np.uint8), 0, "train")(0, 32).targets) == 32
     with pytest.raises(UserError, match=r"the train text has 65 tokens: too few for sequences of 32"):
-        Windows(np.zeros(65, np.uint8), 0, "train")(0, 33)
+        Windows(np.zeros(65, np.uint8), 0, "train")(0, 32)
+
+
+# ---------------------------------------------------------------- documents
+
+TEXT = np.array([5, 6, 0, 7, 8, 9, 0, 4, 3])  # documents end in 0
+
+
+def test_documents_joined() -> None:
+    plain = as_sample(TEXT)
+    assert plain.tokens.tolist() == TEXT[:-1].tolist() and plain.targets.tolist() == TEXT[1:].tolist()
+    assert plain.weights.tolist() == [1.0] * 8 and plain.positions.tolist() == list(range(8)) and plain.segments is None
+
+
+@pytest.mark.parametrize(("end", "begins"), [(0, ()), (None, (3, 7)), (0, (0, 3, 7))])
+def test_documents_apart_known_by_their_end_or_by_their_beginnings(end: int | None, begins: tuple[int, ...]) -> None:
+    found = as_sample(TEXT, Documents(True, True, True, end), begins)
+    assert found.segments is not None and found.segments.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert found.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 0]
+    assert found.weights.tolist() == [1, 1, 0, 1, 1, 1, 0, 1]
+    assert found.tokens.tolist() == TEXT[:-1].tolist() and found.targets.tolist() == TEXT[1:].tolist()
+    last = as_sample(TEXT[:8], Documents(mask_ends=True), [7])
+    assert last.weights.tolist() == [1] * 6 + [0], "the last target is another document's"
+
+
+def test_every_document_setting_acts_alone() -> None:
+    apart, reset, masked = (as_sample(TEXT, Documents(**{name: True}, end=0)) for name in ("apart", "reset_positions", "mask_ends"))
+    plain = as_sample(TEXT)
+    assert apart.segments is not None and reset.segments is None and masked.segments is None
+    for sample, name in ((apart, "segments"), (reset, "positions"), (masked, "weights")):
+        for field in ("tokens", "targets", "weights", "positions"):
+            assert np.array_equal(getattr(sample, field), getattr(plain, field)) == (field != name)
 
 
 # ---------------------------------------------------------------- batches
@@ -127,8 +159,8 @@ def everywhere(one: One, table: str, shape: MeshShape, **sizes: int) -> Iterator
         yield Parallel(mesh, sharding_rules.load(table), sizes)
 
 
-def count_up(index: int, length: int) -> Any:
-    return index * 1000 + np.arange(length)
+def count_up(index: int, seq_len: int) -> Sample:
+    return as_sample(index * 1000 + np.arange(seq_len + 1))
 
 
 @pytest.mark.parametrize(("table", "shape", "micro"), CUTS)

@@ -16,6 +16,7 @@ import torch
 from experiments import pretrain
 from experiments.presets import PRESETS
 from mtl.data.batches import BatchShape, batch_at
+from mtl.data.samples import as_sample
 from mtl.models import decoder
 from mtl.params import init
 from mtl.precision import PRECISIONS
@@ -124,8 +125,8 @@ def test_evaluation_has_no_dropout_and_counts_each_sample_once(one: Any) -> None
     par = one(**decoder.sizes(dry), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), 16), batch=4)
     params = init(decoder.specs(dry), par.rules, par.mesh, 0, torch.float64)
 
-    def samples(index: int, length: int) -> Any:
-        return (torch.arange(length).numpy() * 7 + index) % 256
+    def samples(index: int, seq_len: int) -> Any:
+        return as_sample((torch.arange(seq_len + 1).numpy() * 7 + index) % 256)
 
     def loss(model: decoder.Config, rows: int, stop: int) -> float:
         shape = BatchShape(rows, rows, 16)

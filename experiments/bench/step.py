@@ -23,7 +23,7 @@ from experiments.settings import Experiment, MeshSettings
 from mtl import params
 from mtl.data.batches import BatchShape, batch_at
 from mtl.data.python_text import python_text
-from mtl.data.samples import Windows
+from mtl.data.samples import Sample, Windows, as_sample
 from mtl.errors import unknown
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
@@ -77,10 +77,10 @@ class RandomTokens:
         """Take what decides them."""
         self.vocab, self.seed, self.period = vocab, seed, period
 
-    def __call__(self, index: int, length: int) -> Any:
+    def __call__(self, index: int, seq_len: int) -> Sample:
         """Give one sample."""
         generator = torch.Generator().manual_seed(self.seed * 1000003 + index % self.period)
-        return torch.randint(0, self.vocab, (length,), generator=generator).numpy()
+        return as_sample(torch.randint(0, self.vocab, (seq_len + 1,), generator=generator).numpy())
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtl.data.samples import Samples
+from mtl.data.samples import Sample, Samples
 from mtl.errors import UserError
 from mtl.ops.attention import chunks
 from mtl.sharding.parallel import Parallel
@@ -38,7 +38,8 @@ def batch_at(
 ) -> dict[str, Tensor]:
     """Make this device's part of the global batch that starts at sample ``first``.
 
-    Gives tokens, targets, weights, positions [A, b, S], rows [A, b] and slots [S], where A counts micro-batches and S is local.
+    Gives tokens, targets, weights, positions (and segments, where samples have them) [A, b, S], rows [A, b] and slots [S], where A counts
+    micro-batches and S is local.
     Samples from ``stop`` on count for nothing (their weights are 0).
     """
     axes = par.axes("B")
@@ -46,10 +47,15 @@ def batch_at(
     local = shape.global_batch // count
     rows = np.arange(local).reshape(-1, shape.micro_batch)
     rows = (rows // shape.micro_batch * count + index) * shape.micro_batch + rows % shape.micro_batch
-    text = np.stack([samples(first + int(r), shape.seq_len + 1) for r in rows.flat]).reshape(*rows.shape, -1)
-    counted = np.ones(rows.shape) if stop is None else (first + rows < stop).astype(np.float64)
-    weights = np.repeat(counted[..., None], shape.seq_len, -1)
-    return to_device(par, text[..., :-1], text[..., 1:], rows, dtype, {"weights": weights})
+    found = [samples(first + int(r), shape.seq_len) for r in rows.flat]
+    whole = {
+        name: np.stack([getattr(sample, name) for sample in found]).reshape(*rows.shape, -1)
+        for name in Sample._fields
+        if getattr(found[0], name) is not None
+    }
+    if stop is not None:
+        whole["weights"] = whole["weights"] * (first + rows < stop)[..., None]
+    return to_device(par, whole.pop("tokens"), whole.pop("targets"), rows, dtype, whole)
 
 
 def to_device(
