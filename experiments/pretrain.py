@@ -142,7 +142,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         Windows(text, 0, name)(0, train.seq_len)
     one = torch.empty(1, 1, 1, 1, dtype=precision.compute, device=device)
     length = train.seq_len // (split * pieces) if split > 1 else train.seq_len
-    q, k = (one.expand(1, length, n, model.head_size) for n in (model.heads, model.kv_heads))
+    q, k = (one.expand(1, length, n, decoder.attended_size(model)) for n in (model.heads, model.kv_heads))
     for offset in (0, length) if split > 1 else (0,):
         attention_kernels.choose(model.attention_impl, q, k, attention_kernels.Mask(True, model.window, offset), None)
 

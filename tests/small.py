@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from mtl.models.decoder import Config
+from mtl.ops.rotary import RopeScaling
 from mtl.sharding.mesh import MeshShape
 
 LLAMA = Config(250, 2, 32, 8, 2, 48, head_size=4, rope_theta=500.0)
@@ -15,12 +16,19 @@ FALCON = Config(
 )
 MODELS = {
     "llama": LLAMA,
-    "llama_tied": replace(LLAMA, tied=True, kv_heads=4, qk_norm=True, rope_pairs="interleaved", activation="geglu"),
+    "llama_tied": replace(
+        LLAMA, tied=True, kv_heads=4, qk_norm=True, rope_pairs="interleaved", activation="geglu",
+        rope_scaling=RopeScaling("dynamic", 4.0, 5),
+    ),
     "gpt": GPT,
     "falcon": FALCON,
     "mistral": replace(
         FALCON, kv_heads=2, parallel="two_norms", window=7, z_loss=1e-3, norm="rms", norm_bias=False, activation="reglu", tied=False,
         loss_impl="fused",
+    ),
+    "alibi": replace(
+        FALCON, kv_heads=4, positions="alibi", parallel="none", window=7, full_layers=(1,), attention_scale=0.4, scale_by_layer=True,
+        norm_bias=False,
     ),
 }  # fmt: skip
 SEQ, BATCH = 32, 24

@@ -20,6 +20,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
 from mtl import tree
+from mtl.data.batches import document_ends
 from mtl.models import decoder
 from mtl.models.decoder import Config
 from mtl.precision import PRECISIONS
@@ -171,7 +172,9 @@ def compare(one: One, model: Any, config: Config, params: Any, positions: Tensor
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in tree.leaves(params)), "every weight has its place"
     par = one(**decoder.sizes(config), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ), batch=2)
     places = torch.arange(SEQ).expand(2, SEQ) if positions is None else positions
-    batch = {"tokens": tokens(), "positions": places} | ({} if segments is None else {"segments": segments})
+    batch = {"tokens": tokens(), "positions": places} | (
+        {} if segments is None else {"documents": torch.from_numpy(document_ends(segments.numpy()))}
+    )
     got = make_logits(decoder, config, par, PRECISIONS["fp64"])(params, batch)
     with torch.no_grad():
         want = model(tokens(), use_cache=False, **({} if positions is None else {"position_ids": positions})).logits

@@ -1,7 +1,7 @@
 """The decoder family: GPT-2/3, Llama, Mistral and Falcon by configuration. Four pure functions: specs, embed, block, head."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtl import random
 from mtl.errors import UserError, unknown
+from mtl.ops import alibi
 from mtl.ops.attention import attention
 from mtl.ops.cross_entropy import cross_entropy, next_token_logits
 from mtl.ops.dropout import dropout
@@ -18,21 +19,31 @@ from mtl.ops.embedding import embedding
 from mtl.ops.linear import fetch, linear
 from mtl.ops.norm import layer_norm, rms_norm
 from mtl.ops.remat import remat
-from mtl.ops.rotary import angles, rotate
+from mtl.ops.rotary import RopeScaling, angles, rotate
 from mtl.params import ParamSpec
 from mtl.sharding.parallel import Parallel
 
 Params = Mapping[str, Any]
 Stream = dict[str, Tensor]
-"""What travels beside the residual stream: rotary angles, ends of documents, dropout's counters."""
+"""What travels beside the residual stream: rotary angles or positions, ends of documents, dropout's counters."""
 
-GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
-PLAIN = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu2": lambda x: F.relu(x).square()}
+GATED = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": partial(F.gelu, approximate="tanh"), "reglu": F.relu}
+PLAIN = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and switches of a decoder. ``kv_heads`` below ``heads`` is grouped-query attention, 1 is multi-query."""
+    """Sizes and switches of a decoder. ``kv_heads`` below ``heads`` is grouped-query attention, 1 is multi-query.
+
+    ``window`` is how many tokens each one sees, itself included; layers numbered in ``full_layers`` see all. Scores are multiplied by
+    ``attention_scale`` (None: head_size ** -0.5), with ``scale_by_layer`` divided by the layer's number from 1.
+    """
 
     vocab: int
     layers: int
@@ -44,17 +55,21 @@ class Config:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     norm_bias: bool = False
-    positions: Literal["rotary", "learned", "none"] = "rotary"
+    positions: Literal["rotary", "learned", "alibi", "none"] = "rotary"
     max_positions: int = 0
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     rope_pairs: Literal["half", "interleaved"] = "half"
-    activation: Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu2"] = "swiglu"
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "reglu", "gelu", "gelu_tanh", "relu", "relu2", "silu"] = "swiglu"
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
     parallel: Literal["none", "one_norm", "two_norms"] = "none"
     window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    attention_scale: float | None = None
+    scale_by_layer: bool = False
     qk_norm: bool = False
     dropout_embed: float = 0.0
     dropout_attention: float = 0.0
@@ -77,6 +92,10 @@ class Config:
             raise UserError("model.positions is learned, so model.max_positions must say how many there are (at least 1).")
         if self.positions == "rotary" and self.head_size % 2:
             raise UserError(f"model.head_size is {self.head_size}: rotary positions need an even head size.")
+        if self.rope_scaling.kind == "dynamic" and self.head_size < 4:
+            raise UserError(f"model.head_size is {self.head_size}: dynamic rope scaling needs at least 4.")
+        if self.full_layers and (self.window is None or not set(self.full_layers) <= set(range(self.layers))):
+            raise UserError(f"model.full_layers {self.full_layers} must be numbers of layers, from 0, of a model that has a window.")
         if self.window is not None and self.window < 1:
             raise UserError(f"model.window is {self.window}: a sliding window sees at least 1 token, or None for all.")
         if self.activation not in GATED | PLAIN:
@@ -150,13 +169,30 @@ def embed(cfg: Config, par: Parallel, params: Params, batch: Mapping[str, Tensor
         table = fetch(par, "PD", params["positions"]["weight"], dtype)
         x = x + par.reshard(F.embedding(batch["positions"], table), "BSD", "BRD")
     if cfg.positions == "rotary":
-        stream["cos"], stream["sin"] = angles(batch["positions"], cfg.head_size, cfg.rope_theta)
+        lengths = _lengths(par, batch) if cfg.rope_scaling.kind == "dynamic" else None
+        stream["cos"], stream["sin"] = angles(batch["positions"], cfg.head_size, cfg.rope_theta, cfg.rope_scaling, lengths)
+    if cfg.positions == "alibi":
+        stream["positions"] = batch["positions"]
     if "documents" in batch:
         stream["documents"] = batch["documents"]
     if cfg.dropout_embed or cfg.dropout_attention or cfg.dropout_mlp:
         stream |= {"rows": batch["rows"], "slots": par.reshard(batch["slots"], "S", "R"), "key": batch["key"]}
         x = _drop(cfg.dropout_embed, par, x, stream, site=0)
     return x, stream
+
+
+def at_layer(cfg: Config, layer: int) -> Config:
+    """Give the configuration that `block` takes for one layer: what differs between layers is settled."""
+    window = None if layer in cfg.full_layers else cfg.window
+    scale = cfg.attention_scale
+    if cfg.scale_by_layer:
+        scale = (cfg.head_size**-0.5 if scale is None else scale) / (layer + 1)
+    return replace(cfg, window=window, full_layers=(), attention_scale=scale, scale_by_layer=False)
+
+
+def attended_size(cfg: Config) -> int:
+    """Give the size of the heads that attention sees: ALiBi adds channels."""
+    return alibi.attended_size(cfg.head_size, cfg.heads, cfg.kv_heads) if cfg.positions == "alibi" else cfg.head_size
 
 
 def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, selective: bool = False) -> Tensor:
@@ -197,6 +233,15 @@ def layer_key(key: Tensor, layer: int) -> Tensor:
     return random.bits(random.key("layer", layer), key)
 
 
+def _lengths(par: Parallel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Give every token its document's length, or its row's (B, 1), also where the rest lies on other devices: for dynamic rope scaling."""
+    if "documents" not in batch:
+        return par.reshard(batch["positions"], "BS", "B_").amax(1, keepdim=True) + 1
+    ends = batch["documents"].long()
+    which = torch.searchsorted(ends, batch["slots"].expand(ends.shape[0], -1).contiguous(), right=True)
+    return ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])).gather(1, which.clamp(max=ends.shape[1] - 1))
+
+
 def _head_weight(cfg: Config, params: Params) -> tuple[str, Tensor]:
     return ("VD", params["embed"]["weight"]) if cfg.tied else ("DV", params["head"]["weight"])
 
@@ -223,13 +268,16 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
     k = linear(par, "BSD,DGK->BSGK", h, p["key"]["weight"], p["key"].get("bias"))
     v = linear(par, "BSD,DGK->BSGK", h, p["value"]["weight"], p["value"].get("bias"))
     norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
+    scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
 
     def core(q: Tensor, k: Tensor, v: Tensor, norms: dict[str, Tensor], stream: Stream) -> Tensor:
         if cfg.qk_norm:
             q, k = rms_norm(q, norms["query_norm"], cfg.norm_eps), rms_norm(k, norms["key_norm"], cfg.norm_eps)
         if cfg.positions == "rotary":
             q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
-        return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl)
+        if cfg.positions == "alibi":
+            q, k, v = alibi.extend(par, q, k, v, stream["positions"])
+        return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
 
     y = again(core)(q, k, v, norms, stream)
     return linear(par, "BSHK,DHK->BRD", y, p["out"]["weight"], p["out"].get("bias"))

@@ -16,23 +16,30 @@ from mtl.sharding.parallel import Parallel
 
 
 def attention(
-    par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, documents: Tensor | None = None, impl: str = "auto"
+    par: Parallel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    documents: Tensor | None = None,
+    impl: str = "auto",
+    scale: float | None = None,
 ) -> Tensor:
     """Attend causally. q is (B, S, H, K), k and v (B, S, G, K); the result is laid out like q.
 
     documents (B, D) says where the documents of each whole row end (the last at its length); without it a row is one document. However the
-    sequence is split, every device knows all ends, so masks are never sent.
+    sequence is split, every device knows all ends, so masks are never sent. Scores are multiplied by ``scale``, by default K ** -0.5.
     """
-    scale = q.shape[-1] ** -0.5
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     q = par.reshard(q, "BSHK", "BQMK")
     k, v = (_own_heads(par, par.reshard(x, "BSGK", "BTNK")) for x in (k, v))
     split, keys_split = par.axes("Q"), par.axes("T")
     if keys_split and keys_split != split:
         raise UserError(f"rules {par.rules.name!r}: key_seq on {keys_split} needs query_seq on the same axes, not {split}.")
     if keys_split:
-        out = _ring(par, q, k, v, window, documents, scale, impl)
+        out = _ring(par, q, k, v, window, documents, factor, impl)
     else:
-        out = _gathered(par, q, k, v, window, documents, scale, impl)
+        out = _gathered(par, q, k, v, window, documents, factor, impl)
     return par.reshard(out, "BQMK", "BSHK")
 
 

@@ -23,6 +23,7 @@ class Model(Protocol):
     specs: Any
     sizes: Any
     embed: Any
+    at_layer: Any
     block: Any
     head: Any
     logits: Any
@@ -51,26 +52,35 @@ def parse_remat(text: str) -> Remat:
 def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:
     """Make ``fold(params, batch)``, the residual stream after the last layer. With ``backend``, each block is compiled (once for all)."""
 
-    def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
-        return model.block(config, par, p, x, stream)
+    def runners(layer: Any) -> tuple[Any, Any]:
+        """Make the block of a layer's configuration, and the one that is computed again."""
 
-    def selective(p: Any, x: Tensor, stream: Any) -> Tensor:
-        return model.block(config, par, p, x, stream, selective=True)
+        def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
+            return model.block(layer, par, p, x, stream)
 
-    def kept(p: Any, x: Tensor, stream: Any) -> Tensor:
-        return model.block(config, par.keeping(), p, x, stream)
+        def selective(p: Any, x: Tensor, stream: Any) -> Tensor:
+            return model.block(layer, par, p, x, stream, selective=True)
 
-    ordinary = selective if again.kind == "selective" else plain
-    special = remat(kept) if again.kind == "full" else ordinary
-    if backend is not None:
-        ordinary, special = (compiled(f, backend, blockwise=True) for f in (ordinary, special))
+        def kept(p: Any, x: Tensor, stream: Any) -> Tensor:
+            return model.block(layer, par.keeping(), p, x, stream)
+
+        ordinary = selective if again.kind == "selective" else plain
+        special = remat(kept) if again.kind == "full" else ordinary
+        if backend is None:
+            return ordinary, special
+        return compiled(ordinary, backend, blockwise=True), compiled(special, backend, blockwise=True)
+
+    known: dict[Any, tuple[Any, Any]] = {}  # equal layers share one block, which is compiled once
 
     def fold(params: Any, batch: Batch) -> Tensor:
         x, stream = model.embed(config, par, params, batch, precision.compute)
         pieces, structure = tree.flatten(params["layers"])
         layers = zip(*(piece.unbind(0) for piece in pieces), strict=True)
         for i, leaves in enumerate(layers):
-            run = special if i % again.every == 0 else ordinary
+            layer = model.at_layer(config, i)
+            if layer not in known:
+                known[layer] = runners(layer)
+            run = known[layer][1 if i % again.every == 0 else 0]
             extra = {"key": model.layer_key(stream["key"], i)} if "key" in stream else {}
             x = run(tree.unflatten(structure, leaves), x, stream | extra)
         return x
