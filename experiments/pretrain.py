@@ -16,10 +16,12 @@ from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
 from mtl import params
-from mtl.data.batches import BatchShape, batch_at, to_device
+from mtl.data.batches import BatchShape, batch_at
 from mtl.data.python_text import python_text
 from mtl.data.samples import Windows
 from mtl.errors import UserError, unknown
+from mtl.generate.decode import generate
+from mtl.generate.sampling import Sampling
 from mtl.kernels import attention as attention_kernels
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw, sgd
@@ -28,11 +30,10 @@ from mtl.optim.transforms import Optimizer
 from mtl.precision import PRECISIONS, Precision
 from mtl.runtime import process
 from mtl.runtime.log import RunLog
-from mtl.sharding.collectives import psum
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules, check_mesh
-from mtl.train.evaluate import make_evaluate, make_logits, sample_token
+from mtl.train.evaluate import make_evaluate
 from mtl.train.loop import fit
 from mtl.train.loss import parse_remat
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
@@ -210,7 +211,7 @@ def run(preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precisio
     hooks = [measured(setup, specs, at), evaluated(setup, par, precision, held_out), lambda i, state, record: log.write(tidy(record))]
     try:
         state = fit(state, step, batch, range(train.steps), hooks)
-        text = sample(setup, par, precision, state.params, texts[1]) if train.steps else ""
+        text = sample(setup, par, precision, state.params) if train.steps else ""
     finally:
         log.close()
     log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl)")
@@ -260,24 +261,12 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in ("losses", "good", "entropy")}
 
 
-def sample(
-    setup: Experiment, par: Parallel, precision: Precision, weights: Any, text: Any, prompt: bytes = b"def ", count: int = 120
-) -> str:
+def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any, prompt: bytes = b"def ", count: int = 120) -> str:
     """Write on from a prompt, byte by byte; every device of the mesh takes part and gets the same text."""
-    logits = make_logits(decoder, setup.model, par, precision)
-    length, rows = setup.train.seq_len, micro_batch(setup)
-    text_so_far = list(prompt[: length - 1])
-    while len(text_so_far) < min(length - 1, len(prompt) + count):
-        tokens = torch.zeros(1, rows, length, dtype=torch.int64)
-        tokens[..., : len(text_so_far)] = torch.tensor(text_so_far)
-        batch = to_device(par, tokens.numpy(), tokens.numpy(), torch.arange(rows).reshape(1, rows).numpy(), precision.param)
-        here = {k: v if k == "slots" else v[0] for k, v in batch.items()}
-        here["key"] = torch.zeros((), dtype=torch.int64, device=batch["tokens"].device)
-        last = (batch["slots"] == len(text_so_far) - 1).to(precision.compute)
-        picked = torch.einsum("s,sv->v", last, logits(weights, here)[0])
-        picked = psum(picked, par.axes("S"), par.mesh)
-        text_so_far.append(sample_token(picked[:256].float(), 0.7, setup.train.seed, len(text_so_far)))
-    return bytes(text_so_far).decode("utf-8", "replace")
+    start = list(prompt[: max(setup.train.seq_len - 1, 1)])
+    count, how = min(count, setup.train.seq_len - len(start)), Sampling(0.7, seed=setup.train.seed)
+    text = start + [t[0] or 0 for t in generate(decoder, setup.model, par.mesh, par.rules, precision, weights, [start], count, how)]
+    return bytes(t if t < 256 else ord("?") for t in text).decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

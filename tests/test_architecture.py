@@ -14,6 +14,7 @@ LEVELS = {
     **dict.fromkeys(("mtl.ops", "mtl.params"), 2),
     **dict.fromkeys(("mtl.models", "mtl.optim", "mtl.data", "mtl.checkpoint", "mtl.pipeline", "mtl.eval", "mtl.inspect"), 3),
     "mtl.train": 4,
+    "mtl.generate": 4.5,
     "sharding_rules": 1.5,
     "experiments": 5,
     "mtl.cli": 6,

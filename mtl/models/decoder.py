@@ -13,10 +13,11 @@ from mtl import random
 from mtl.errors import UserError, unknown
 from mtl.ops import alibi
 from mtl.ops.attention import attention
+from mtl.ops.cache import cached_attention
 from mtl.ops.cross_entropy import cross_entropy, next_token_logits
 from mtl.ops.dropout import dropout
 from mtl.ops.embedding import embedding
-from mtl.ops.linear import fetch, linear
+from mtl.ops.linear import fetch, project
 from mtl.ops.norm import layer_norm, rms_norm
 from mtl.ops.remat import remat
 from mtl.ops.rotary import RopeScaling, angles, rotate
@@ -25,7 +26,7 @@ from mtl.sharding.parallel import Parallel
 
 Params = Mapping[str, Any]
 Stream = dict[str, Tensor]
-"""What travels beside the residual stream: rotary angles or positions, ends of documents, dropout's counters."""
+"""What travels beside the residual stream: rotary angles or positions, ends of documents, dropout's counters, a layer's cache."""
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": partial(F.gelu, approximate="tanh"), "reglu": F.relu}
 PLAIN = {
@@ -158,6 +159,12 @@ def sizes(cfg: Config) -> dict[str, int]:
     }
 
 
+def cache_specs(cfg: Config, rows: int, slots: int) -> list[dict[str, ParamSpec]]:
+    """Declare what generation keeps of every layer: a key and a value a slot, laid out as the layer makes them."""
+    one = ParamSpec((rows, slots, cfg.kv_heads, attended_size(cfg)), "BTGK")
+    return [{"cached_key": one, "cached_value": one} for _ in range(cfg.layers)]
+
+
 def embed(cfg: Config, par: Parallel, params: Params, batch: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, Stream]:
     """Turn tokens (B, S) into the residual stream (B, R, D) and what travels beside it.
 
@@ -264,9 +271,9 @@ def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
 
 
 def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
-    q = linear(par, "BSD,DHK->BSHK", h, p["query"]["weight"], p["query"].get("bias"))
-    k = linear(par, "BSD,DGK->BSGK", h, p["key"]["weight"], p["key"].get("bias"))
-    v = linear(par, "BSD,DGK->BSGK", h, p["value"]["weight"], p["value"].get("bias"))
+    q = project(par, "BSD,DHK->BSHK", h, p["query"])
+    k = project(par, "BSD,DGK->BSGK", h, p["key"])
+    v = project(par, "BSD,DGK->BSGK", h, p["value"])
     norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
 
@@ -277,28 +284,26 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
             q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
         if cfg.positions == "alibi":
             q, k, v = alibi.extend(par, q, k, v, stream["positions"])
+        if "cached_key" in stream:
+            return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale)[..., : cfg.head_size]
         return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
 
     y = again(core)(q, k, v, norms, stream)
-    return linear(par, "BSHK,DHK->BRD", y, p["out"]["weight"], p["out"].get("bias"))
+    return project(par, "BSHK,DHK->BRD", y, p["out"])
 
 
 def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, again: Any) -> Tensor:
-    up = linear(par, "BSD,DF->BSF", h, p["up"]["weight"], p["up"].get("bias"))
-    bias = p["down"].get("bias")
+    up = project(par, "BSD,DF->BSF", h, p["up"])
 
-    def down(w: Tensor, *inner: Tensor) -> Tensor:
+    def down(p: Params, *inner: Tensor) -> Tensor:
         if cfg.activation in GATED:
             y = GATED[cfg.activation](inner[0]) * inner[1]
         else:
             y = PLAIN[cfg.activation](inner[0])
-        return linear(par.keeping() if again is remat else par, "BSF,DF->BRD", y, w)
+        return project(par.keeping() if again is remat else par, "BSF,DF->BRD", y, p)
 
-    inner = (up,)
-    if cfg.activation in GATED:
-        inner = (linear(par, "BSD,DF->BSF", h, p["gate"]["weight"], p["gate"].get("bias")), up)
-    out = again(down)(p["down"]["weight"], *inner)
-    return out if bias is None else out + bias.to(out.dtype)
+    inner = (project(par, "BSD,DF->BSF", h, p["gate"]), up) if cfg.activation in GATED else (up,)
+    return again(down)(p["down"], *inner)
 
 
 def _drop(rate: float, par: Parallel, x: Tensor, stream: Stream, site: int) -> Tensor:

@@ -32,7 +32,7 @@ def attention(
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     q = par.reshard(q, "BSHK", "BQMK")
-    k, v = (_own_heads(par, par.reshard(x, "BSGK", "BTNK")) for x in (k, v))
+    k, v = (own_heads(par, par.reshard(x, "BSGK", "BTNK")) for x in (k, v))
     split, keys_split = par.axes("Q"), par.axes("T")
     if keys_split and keys_split != split:
         raise UserError(f"rules {par.rules.name!r}: key_seq on {keys_split} needs query_seq on the same axes, not {split}.")
@@ -55,7 +55,7 @@ def _chunks(par: Parallel, index: int, size: int) -> tuple[tuple[int, ...], int]
     return (index,), size
 
 
-def _own_heads(par: Parallel, x: Tensor) -> Tensor:
+def own_heads(par: Parallel, x: Tensor) -> Tensor:
     """Keep the key heads that this device's query heads use, in equal groups (each repeated, where the groups are unequal)."""
     (first, count), (start, have) = par.span("M"), par.span("N")
     group = par.sizes["heads"] // par.sizes["kv_heads"]

@@ -62,16 +62,19 @@ def _plain(par: Parallel, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def _fused(par: Parallel, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-    out = _Fused.apply(x.flatten(0, 1), w, targets.flatten(), weights.flatten(), par, z_loss)
+    wanted = (x.requires_grad, w.requires_grad)
+    out = _Fused.apply(x.flatten(0, 1), w, targets.flatten(), weights.flatten(), par, z_loss, wanted)
     assert isinstance(out, tuple)
     return out[0], out[1]
 
 
 class _Fused(Function):
-    """Loss and gradients tile by tile in forward; backward scales them. Weights of tokens should be near 1."""
+    """Loss and the wanted gradients tile by tile in forward; backward scales them. Weights of tokens should be near 1."""
 
     @staticmethod
-    def forward(x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, par: Parallel, z_loss: float) -> tuple[Tensor, ...]:
+    def forward(
+        x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, par: Parallel, z_loss: float, wanted: tuple[bool, bool]
+    ) -> tuple[Tensor, ...]:
         axes, (start, size) = par.axes("V"), par.span("V")
         dtype = wide(x.dtype)
         loss = torch.zeros((), dtype=dtype, device=x.device)
@@ -91,11 +94,13 @@ class _Fused(Function):
             hit = torch.arange(size, device=x.device) == local.unsqueeze(-1)
             share = (logits - lse.unsqueeze(-1)).exp() * (1.0 + 2.0 * z_loss * lse).unsqueeze(-1)
             dlogits = ((share - hit.to(dtype)) * ws.unsqueeze(-1)).to(x.dtype)
-            dx.append(dlogits @ w.t())
-            part = (xs.t() @ dlogits).to(dtype)
-            dw = part if dw is None else dw + part
-        assert dw is not None
-        return loss, entropy, torch.cat(dx), dw
+            if wanted[0]:
+                dx.append(dlogits @ w.t())
+            if wanted[1]:
+                part = (xs.t() @ dlogits).to(dtype)
+                dw = part if dw is None else dw + part
+        none = torch.zeros((), dtype=dtype, device=x.device)
+        return loss, entropy, torch.cat(dx) if dx else none, none.clone() if dw is None else dw
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -107,7 +112,9 @@ class _Fused(Function):
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         dx, dw = ctx.saved_tensors
         grad = psum(grad, ctx.par.axes("V"), ctx.par.mesh)
-        return (dx.to(grad.dtype) * grad).to(dx.dtype), (dw * grad).to(ctx.dtype), None, None, None, None
+        d_x = (dx.to(grad.dtype) * grad).to(dx.dtype) if ctx.needs_input_grad[0] else None
+        d_w = (dw * grad).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        return d_x, d_w, None, None, None, None, None
 
 
 def next_token_logits(par: Parallel, letters: str, x: Tensor, w: Tensor) -> Tensor:

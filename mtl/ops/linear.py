@@ -4,6 +4,7 @@ A product is spelled like an einsum, ``linear(par, "BSD,DHK->BSHK", x, w)``: the
 in compute, the contraction, and the sum over devices that it may leave all follow from the spelling.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,19 +39,42 @@ class _Move:
         return grad.to(self.rest)
 
 
-def linear(par: Parallel, spelling: str, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any]) -> Tensor:
+    """Multiply by a projection at rest: its weight and, where it has them, its bias and its low-rank adapter (`mtl.lora`)."""
+    return linear(par, spelling, x, p["weight"], p.get("bias"), p.get("lora"))
+
+
+def linear(
+    par: Parallel, spelling: str, x: Tensor, w: Tensor, bias: Tensor | None = None, lora: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """Multiply an activation by a weight at rest.
 
     In ``"BSF,DF->BRD"`` the shared letters (F) are contracted; if they are split over devices, the sum over those is taken on the way to
-    the result's layout (B R D). The bias, of the result's new axes, is at rest too and whole or split like the result.
+    the result's layout (B R D). The bias, of the result's new axes, is at rest too and whole or split like the result. A low-rank adapter
+    adds its two thin products before that sum.
     """
     operands, result = spelling.split("->")
     left, right = operands.split(",")
     shared = "".join(c for c in right if c in left)
     new = "".join(c for c in right if c not in left)
+    y = _product(par, left, right, x, w)
+    if lora is not None:
+        thin = _product(par, left, f"{shared}_", x, lora["a"]) * lora["scale"].to(x.dtype)
+        y = y + _product(par, left[: -len(shared)] + "_", f"_{new}", thin, lora["b"])
+    source = left[: -len(shared)] + new
+    partial = tuple(axis for c in shared for axis in par.axes(c, "compute"))
+    if partial or result != source:
+        y = par.reshard(y, source, result, partial)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _product(par: Parallel, left: str, right: str, x: Tensor, w: Tensor) -> Tensor:
+    """Contract the letters that an activation and a weight at rest share, on this device alone."""
+    shared = "".join(c for c in right if c in left)
+    new = "".join(c for c in right if c not in left)
     transposed = right != shared + new
     if (new + shared if transposed else shared + new) != right or left[-len(shared) :] != shared:
-        raise ValueError(f"linear cannot spell {spelling!r}: contracted letters must end the activation and start or end the weight")
+        raise ValueError(f"linear cannot spell {left},{right}: contracted letters must end the activation and start or end the weight")
     w = _padded(par, right, w)
     move = _move(par, right, w)
     flat = x.flatten(-len(shared)) if len(shared) > 1 else x
@@ -62,13 +86,8 @@ def linear(par: Parallel, spelling: str, x: Tensor, w: Tensor, bias: Tensor | No
         matrix = _matrix(_moved(w, x.dtype, move), split)
         y = rows @ (matrix.t() if transposed else matrix)
     assert isinstance(y, Tensor)
-    sizes = [_local_size(par, right, c) for c in new]
-    y = y.unflatten(0, flat.shape[:-1]).unflatten(-1, sizes)
-    source = left[: -len(shared)] + new
-    partial = tuple(axis for c in shared for axis in par.axes(c, "compute"))
-    if partial or result != source:
-        y = par.reshard(y, source, result, partial)
-    return y if bias is None else y + bias.to(y.dtype)
+    sizes = [_local_size(par, right, c, w) for c in new]
+    return y.unflatten(0, flat.shape[:-1]).unflatten(-1, sizes)
 
 
 def fetch(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,7 +128,9 @@ def _move(par: Parallel, letters: str, w: Tensor, step: bool = False) -> _Move:
     return _Move(tuple(gathers), par.reduce, w.dtype)
 
 
-def _local_size(par: Parallel, letters: str, letter: str) -> int:
+def _local_size(par: Parallel, letters: str, letter: str, w: Tensor) -> int:
+    if letter == "_":
+        return w.shape[letters.index(letter)]
     axes = par.layout(letters, "compute").dims[letters.index(letter)]
     return -(-par.sizes[LETTERS[letter]] // par.mesh.size(axes))
 
@@ -173,7 +194,9 @@ class _GatheredMatmul(Function):
         w = _Fetch.apply(shard, rows.dtype, move)
         assert isinstance(w, Tensor)
         matrix = _matrix(w, split)
-        d_rows = grad @ (matrix if transposed else matrix.t())
+        d_rows = grad @ (matrix if transposed else matrix.t()) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:  # a frozen weight
+            return d_rows, None, None, None, None
         d_matrix = grad.t() @ rows if transposed else rows.t() @ grad
         return d_rows, _Give.apply(d_matrix.view(w.shape), move), None, None, None
 

@@ -40,7 +40,8 @@ class _Remat(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         tensors = list(ctx.saved_tensors)
-        wanted = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+        needed = [need for need, is_tensor in zip(ctx.needs_input_grad[2:], ctx.tensor, strict=True) if is_tensor]
+        wanted = [i for i, x in enumerate(tensors) if x.is_floating_point() and needed[i]]
 
         def run(*floating: Tensor) -> Any:
             values = list(tensors)

@@ -1,4 +1,4 @@
-"""Held-out loss, and text from the model."""
+"""Held-out loss, and logits of whole sequences."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtl import random, tree
+from mtl import tree
 from mtl.ops.linear import gather_step
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled
@@ -51,15 +51,6 @@ def make_logits(model: Model, config: Any, par: Parallel, precision: Precision) 
             return model.logits(config, par, local, fold(local, batch))
 
     return logits
-
-
-def sample_token(logits: Tensor, temperature: float, seed: int, place: int) -> int:
-    """Draw a token from logits [vocab], or take the best where temperature is 0; the same on every device that has the same logits."""
-    if temperature == 0.0:
-        return int(logits.argmax())
-    odds = torch.softmax(logits.cpu().double() / temperature, -1).cumsum(-1)
-    draw = random.uniform(random.key("sample", seed), torch.tensor([place]))
-    return min(int(torch.searchsorted(odds, draw)), logits.shape[0] - 1)
 
 
 def in_use(model: Model, config: Any, par: Parallel, precision: Precision, params: Any) -> Any:
