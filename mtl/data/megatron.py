@@ -103,7 +103,7 @@ def blend_targets(weights: Sequence[float], size: int) -> tuple[list[int], list[
 
 
 def weighted(weights: Sequence[float], size: int) -> BlendIndices:
-    """Choose for each of ``size`` samples the corpus that lacks most; ``weights`` are normalised once before, and once again here.
+    """Choose for each of ``size`` samples the corpus that lacks most; ``weights`` are normalised here (a blend's were once before, too).
 
     Each product and difference is rounded by itself, as on x86-64 (compilers for other machines may fuse them, and then near-ties differ).
     """
