@@ -1,7 +1,7 @@
 """The decoder family: GPT-2/3, Llama, Mistral and Falcon by configuration. Four pure functions: specs, embed, block, head."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -104,6 +104,18 @@ class Config:
         for name in ("dropout_embed", "dropout_attention", "dropout_mlp"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: a dropout rate lies from 0 to under 1.")
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """Make a configuration again from what ``dataclasses.asdict`` and JSON made of it."""
+    names = {f.name for f in fields(Config)}
+    for name in values:
+        if name not in names:
+            raise unknown("setting of a saved model", name, names)
+    known: dict[str, Any] = {**values, "full_layers": tuple(values.get("full_layers", ()))}
+    if isinstance(known.get("rope_scaling"), dict):
+        known["rope_scaling"] = RopeScaling(**known["rope_scaling"])
+    return Config(**known)
 
 
 def specs(cfg: Config) -> dict[str, Any]:
