@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,9 @@ class IndexedWriter:
             self._lock = (self.folder / "lock").open("w")
         except OSError as error:
             raise UserError(f"--output {prefix} cannot be written: {error}.") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _locked(self._lock):
             self._lock.close()
-            raise UserError(f"another process is writing {prefix} just now ({self.folder} is locked).") from None
+            raise UserError(f"another process is writing {prefix} just now ({self.folder} is locked).")
         keep = keep or Written()
         sizes = {"tokens": keep.tokens * self.dtype.itemsize, "lengths": 4 * keep.sequences, "ends": 8 * keep.documents}
         self._files = {name: self._open(name, size) for name, size in sizes.items()}
@@ -163,6 +162,17 @@ def write_indexed(
     except BaseException:
         writer.abandon()
         raise
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock a file; the workers of a killed build hold its lock for half a second more."""
+    for _ in range(20):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.1)
+    return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -30,13 +30,13 @@ class Description:
     roles: Mapping[str, str]
     options: Mapping[str, str | int]
     files: Mapping[str, str]
-    """Where the files were; the fingerprint leaves this out."""
+    """Where the files were; the fingerprint leaves them out."""
     sha256: Mapping[str, str]
 
     @property
     def fingerprint(self) -> str:
         """Name the mapping from text to ids: equal fingerprints mean equal ids."""
-        said = {name: value for name, value in asdict(self).items() if name != "files"}
+        said = {name: value for name, value in asdict(self).items() if name not in ("files", "added")}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def differs(self, other: "Description") -> str | None:

@@ -52,7 +52,7 @@ def load(
         if name not in must + may:
             takes = ", ".join(map(_flag, must + may)) or "no files"
             raise UserError(f"tokenizer {kind!r} has no use for {_flag(name)} {value}: it takes {takes}.")
-    values = {name: Path(value).resolve() if name in FILES else value for name, value in values.items()}
+    values = {name: _file(kind, value) if name in FILES else value for name, value in values.items()}
     for name in set(values) & set(FILES):
         if not values[name].exists():
             raise UserError(f"{_flag(name)} {values[name]} does not exist.")
@@ -61,6 +61,11 @@ def load(
     options = {name: value for name, value in values.items() if name not in FILES}
     plain = Tokenizer(kind, found, found.size, dict(found.special), dict(found.roles), files=files, options=options)
     return assign(extend(plain, special), {"eod": eod, "bos": bos, "pad": pad})
+
+
+def _file(kind: str, value: str | Path) -> Path:
+    path = Path(value).resolve()
+    return path / "tokenizer.json" if kind == "huggingface" and path.is_dir() else path
 
 
 def _flag(name: str) -> str:

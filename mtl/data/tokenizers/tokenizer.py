@@ -25,7 +25,7 @@ class Tokenizer:
     roles: Mapping[str, str]
     """Names of the eod, bos and pad tokens, of those that there are."""
     added: tuple[str, ...] = ()
-    """Special tokens that were asked for beside the vocabulary's own."""
+    """Special tokens that were asked for beside the vocabulary's own, in the order asked."""
     files: Mapping[str, Path] = field(default_factory=dict[str, Path])
     options: Mapping[str, str | int] = field(default_factory=dict[str, str | int])
 
@@ -103,8 +103,8 @@ def extend(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
         known = tokenizer.vocabulary.lookup(name)
         special[name] = size if known is None else known
         size += known is None
-    added = tokenizer.added + tuple(n for n in dict.fromkeys(names) if n not in tokenizer.added)
-    return replace(tokenizer, special=special, vocab_size=size, added=added)
+    new = tuple(name for name in special if name not in tokenizer.special)
+    return replace(tokenizer, special=special, vocab_size=size, added=tokenizer.added + new)
 
 
 def assign(tokenizer: Tokenizer, roles: Mapping[str, str | None]) -> Tokenizer:
