@@ -1,5 +1,10 @@
 """Pre-train a preset: `python experiments/pretrain.py PRESET --flags`, alone or under torchrun."""
 
+if __name__ == "__main__":  # before the slow imports, so that no signal is lost while they run
+    from mtl.runtime import signals
+
+    CAUGHT = signals.install()
+
 import dataclasses
 import json
 import math
@@ -12,6 +17,7 @@ import torch
 import tyro
 
 import sharding_rules
+from experiments import checkpoints
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -30,6 +36,7 @@ from mtl.optim.transforms import Optimizer
 from mtl.precision import PRECISIONS, Precision
 from mtl.runtime import process
 from mtl.runtime.log import RunLog
+from mtl.runtime.signals import Signals
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules, check_mesh
@@ -37,12 +44,12 @@ from mtl.train.evaluate import make_evaluate
 from mtl.train.loop import fit
 from mtl.train.loss import parse_remat
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
-from mtl.train.state import init_state
+from mtl.train.state import abstract_state, init_state
 from mtl.train.step import StepOptions, make_step
 
 
-def main() -> None:
-    """Read the settings, check them, train, and show a sample."""
+def main(caught: Signals | None = None) -> None:
+    """Read the settings, check them, train, and show a sample. ``caught`` are the signals that end the run."""
     preset, setup = read_settings(process.command_line())
     at = process.place()
     process.prepare_environment(setup.deterministic)
@@ -52,8 +59,9 @@ def main() -> None:
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        folder = Path(process.on_first_rank(lambda: str(claim_folder(setup.out or Path("runs") / f"{preset}-{stamp}"))))
-        run(preset, setup, rules, shape, precision, at, folder)
+        out = setup.out or Path("runs") / f"{preset}-{stamp}"
+        folder, steps = json.loads(process.on_first_rank(lambda: checkpoints.claim(out, setup.resume)))
+        run(preset, setup, rules, shape, precision, at, Path(folder), steps, caught)
 
 
 def read_settings(arguments: list[str]) -> tuple[str, Experiment]:
@@ -137,6 +145,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
         rules.layout("act", (name,), (known[name],), shape, what)
     make_step_options(setup, precision, device)
+    checkpoints.check(setup.checkpoint)
     parse_remat(setup.remat)
     make_optimizer(setup)
     for text, name in zip(python_text(), ("train", "validation"), strict=True):
@@ -170,37 +179,30 @@ def make_optimizer(setup: Experiment) -> tuple[Optimizer, Schedule]:
     return sgd(mask, optim.beta1, False, optim.weight_decay), rate
 
 
-def claim_folder(folder: Path) -> Path:
-    """Make the run folder, or refuse one that holds a run already."""
-    if (folder / "config.json").exists() or (folder / "metrics.jsonl").exists():
-        raise UserError(
-            f"--out {folder} holds another run (it has a config.json or metrics.jsonl). Choose another folder; nothing was changed."
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch(exist_ok=False)
-    except OSError as error:
-        raise UserError(f"--out {folder} cannot be made: {error}.") from None
-    return folder
-
-
-def run(preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place, folder: Path) -> Any:
-    """Train and give the final state."""
+def run(
+    preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place, folder: Path,
+    steps: list[int], caught: Signals | None,
+) -> Any:  # fmt: skip
+    """Train and give the final state. ``steps`` are those whose checkpoints the folder holds."""
     model, train = setup.model, setup.train
     mesh = make_mesh(shape, at.device.type)
     par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce)
     specs = decoder.specs(model)
     optimizer, rate = make_optimizer(setup)
-    step = make_step(decoder, model, par, optimizer, rate, make_step_options(setup, precision, at.device))
-    state = init_state(specs, rules, mesh, train.seed, precision, optimizer)
-
-    if at.rank == 0:
-        whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": resolved(rules, shape, precision), **provenance()}
-        (folder / "config.json").write_text(json.dumps(whole, indent=2, default=str) + "\n")
+    whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": resolved(rules, shape, precision), **provenance()}
+    keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": i * train.global_batch_size}, caught)
+    options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
+    step = make_step(decoder, model, par, optimizer, rate, options)
+    state = keeper.begin(
+        steps, setup.resume,
+        lambda: abstract_state(specs, rules, mesh, precision, optimizer),
+        lambda: init_state(specs, rules, mesh, train.seed, precision, optimizer),
+    )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
-    log = RunLog(folder, at.rank == 0, train.steps, wandb)
+    log = RunLog(folder, at.rank == 0, train.steps, wandb and wandb | {"id": keeper.run_id, "resume": "allow"}, keeper.first)
     log.say(f"{preset}: {params.count(specs) / 1e6:.1f} M parameters, {precision.name} on {at.world} x {at.device.type}")
     log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
+    keeper.start(state, log)
     texts = python_text()
     samples, held_out = Windows(texts[0], train.seed, "train"), Windows(texts[1], 0, "validation")
     batches = BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len)
@@ -210,11 +212,14 @@ def run(preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precisio
 
     hooks = [measured(setup, specs, at), evaluated(setup, par, precision, held_out), lambda i, state, record: log.write(tidy(record))]
     try:
-        state = fit(state, step, batch, range(train.steps), hooks)
+        keeper.replay(state, hooks)
+        state = fit(state, step, batch, range(keeper.first, train.steps), [keeper.step_done, *hooks, keeper.save_if_due])
+        keeper.finish()
         text = sample(setup, par, precision, state.params) if train.steps else ""
     finally:
+        keeper.settle()
         log.close()
-    log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl)")
+    log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl, checkpoints)")
     log.say("next: torchrun --nproc-per-node 2 experiments/pretrain.py tiny --mesh.tensor 2 (the same numbers on two processes)")
     return state
 
@@ -270,4 +275,4 @@ def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any,
 
 
 if __name__ == "__main__":
-    process.guarded(main)
+    process.guarded(lambda: main(CAUGHT))

@@ -80,6 +80,34 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
+class CheckpointSettings:
+    """When the run is saved, and what stays. It is also saved at its end, and when a signal stops it."""
+
+    every: int = 0
+    """Steps between saves; 0 saves at the end (and on a signal) alone."""
+    every_minutes: float = 0.0
+    """Minutes between saves; 0 counts steps alone."""
+    final: bool = True
+    """Save at the end."""
+    keep: int = 0
+    """The newest checkpoints that stay; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of every so many steps stay too."""
+    keep_best: int = 0
+    """So many checkpoints with the lowest metric stay too."""
+    metric: str = "eval_loss"
+    """The metric of keep-best, as metrics.jsonl calls it."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a save that fails does to the run: stop it at the next step, or go on and try again at the next save."""
+    grace: float = 60.0
+    """Seconds from a signal to the end of the run, with everything saved."""
+    host_memory: float | None = None
+    """GiB a process may take for copies; None is as much as its share of the state. With less, updates wait for the disk."""
+    verify: bool = False
+    """Check every byte of a checkpoint before resuming from it, and not only those that are read."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One pre-training run."""
 
@@ -88,6 +116,9 @@ class Experiment:
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     log: LogSettings = field(default_factory=LogSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    resume: Literal["never", "auto", "must"] = "never"
+    """Go on with the run in --out: auto from its newest good checkpoint (from the start if it has none), must from its newest alone."""
     rules: str | None = None
     """Parallel layout: a shipped table's name, a path to a table, or a module; by default chosen from the mesh."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"

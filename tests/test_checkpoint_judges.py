@@ -1,5 +1,8 @@
 """Orbax in JAX and zarr-python open what we write; we restore what Orbax writes. Bit for bit."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +90,23 @@ def test_zarr_reads_ours(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", state)
     for name, x in state.items():
         assert judges.ask("zarr_reader", str(tmp_path / "c/state" / name)) == judges.digest(np.asarray(x))
+
+
+def test_the_readers_of_the_page_read(tmp_path: Path) -> None:
+    """docs/checkpoint_format.md: its plain reader and its JAX reader print the same, which is what was saved; ours runs too."""
+    page = (Path(__file__).parent.parent / "docs/checkpoint_format.md").read_text()
+    plain, jax, ours = (block.partition("```")[0] for block in page.split("```python\n")[1:])
+    state = {"params": {"embedding": values((256, 256)), "w": [values((3, 4), torch.bfloat16)]}, "step": torch.tensor(50)}
+    place = tmp_path / "runs/kept/checkpoints/50"
+    checkpoint.save(place, state, host={"step": 50})
+    lines = {
+        "params.embedding float32 (256, 256) 2147450880.0",
+        "params.w.0 bfloat16 (3, 4) 66.0",
+        "step int64 () 50.0",
+    }
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for code in (plain, jax):
+        assert len(code.strip().splitlines()) <= 10
+        done = subprocess.run([sys.executable, "-c", code, str(place)], capture_output=True, text=True, env=env, check=False)
+        assert set(done.stdout.splitlines()) == lines, done.stderr
+    subprocess.run([sys.executable, "-c", ours + "assert state['params']['embedding'][1, 2] == 258"], env=env, cwd=tmp_path, check=True)

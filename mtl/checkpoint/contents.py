@@ -10,7 +10,7 @@ from typing import Any
 from mtl import tree
 from mtl.checkpoint import arrays, orbax
 from mtl.checkpoint.files import MANIFEST, check_file, unseal
-from mtl.checkpoint.peers import CheckpointError
+from mtl.checkpoint.peers import CheckpointError, Damaged
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,7 @@ def inspect(path: str | Path) -> Contents:
     found = orbax.listing(path)
     if not (found.folder / MANIFEST).exists():
         if _ours(found.folder):
-            raise CheckpointError(
-                f"{found.folder / MANIFEST} is missing, but the checkpoint was written by mtl. Restore another checkpoint."
-            )
+            raise Damaged(f"{found.folder / MANIFEST} is missing, but the checkpoint was written by mtl. Restore another checkpoint.")
         return Contents(path, _foreign(found), found.driver, found.ocdbt, by_mtl=False, item=found.folder)
     manifest = unseal(found.folder / MANIFEST)
     read = {name: check_file(found.folder, name, want) for name, want in manifest["files"].items()}
@@ -105,7 +103,7 @@ def _foreign(found: orbax.Listing) -> dict[str, ArrayInfo]:
         try:
             array = opening[name].result()
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{found.folder}: array {name!r} cannot be opened: {error}") from None
+            raise Damaged(f"{found.folder}: array {name!r} cannot be opened: {error}") from None
         if array.dtype.name not in arrays.DTYPES:
             raise CheckpointError(f"{found.folder}: array {name!r} has type {array.dtype.name}, which torch does not know.")
         write, read = (tuple(layout.shape or ()) for layout in (array.chunk_layout.write_chunk, array.chunk_layout.read_chunk))

@@ -10,7 +10,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtl.checkpoint.peers import CheckpointError
+from mtl.checkpoint.peers import CheckpointError, Damaged
 from mtl.errors import UserError
 
 ITEM = "state"
@@ -73,14 +73,13 @@ def unseal(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         checksum = manifest.pop("checksum")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Restore another checkpoint.") from None
+        raise Damaged(f"{path} is damaged ({error}). Restore another checkpoint.") from None
     version = manifest.get("format_version")
-    if isinstance(version, int) and version > VERSION:
-        raise CheckpointError(f"{path} has format version {version}; this mtl reads up to {VERSION}. Use a newer mtl.")
     if version != VERSION:
-        raise CheckpointError(f"{path} has format version {version!r}; this mtl reads {VERSION}.")
+        newer = "Use a newer mtl" if isinstance(version, int) and version > VERSION else "The file may be damaged"
+        raise Damaged(f"{path} has format version {version!r}; this mtl reads {VERSION}. {newer}, or restore another checkpoint.")
     if hashlib.sha256(dump(manifest)).hexdigest() != checksum:
-        raise CheckpointError(f"{path} is damaged: its checksum does not match. Restore another checkpoint.")
+        raise Damaged(f"{path} is damaged: its checksum does not match. Restore another checkpoint.")
     return manifest
 
 
@@ -89,9 +88,9 @@ def check_file(folder: Path, name: str, want: Mapping[str, Any]) -> bytes:
     try:
         data = (folder / name).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{folder / name} cannot be read ({error.strerror}), but the checkpoint lists it.") from None
+        raise Damaged(f"{folder / name} cannot be read ({error.strerror}), but the checkpoint lists it.") from None
     if stamp(data) != dict(want):
-        raise CheckpointError(f"{folder / name} is damaged: its checksum does not match. Restore another checkpoint.")
+        raise Damaged(f"{folder / name} is damaged: its checksum does not match. Restore another checkpoint.")
     return data
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.checkpoint.files import ITEM, UNFINISHED, dump
-from mtl.checkpoint.peers import CheckpointError
+from mtl.checkpoint.peers import CheckpointError, Damaged
 from mtl.errors import UserError
 
 Keys = tuple[str | int, ...]
@@ -50,13 +50,15 @@ def step_metadata(begun: float) -> bytes:
 def item_folder(path: Path) -> Path:
     """Find the item in a checkpoint's folder: the folder itself, ``state``, or the only one that has arrays."""
     if path.name.endswith(UNFINISHED):
-        raise CheckpointError(f"{path} was never finished: its writer stopped before the commit. Restore another checkpoint.")
+        raise Damaged(f"{path} was never finished: its writer stopped before the commit. Restore another checkpoint.")
     if not path.is_dir():
         raise CheckpointError(f"{path} is no checkpoint: there is no such folder.")
     places = [path, path / ITEM, *sorted(p for p in path.iterdir() if p.is_dir() and p.name != ITEM)]
     found = [p for p in places if (p / "_METADATA").is_file()]
     if not found:
         near = sorted(p.name for p in path.iterdir() if p.is_dir() and (p / ITEM / "_METADATA").is_file())
+        if (path / ITEM).is_dir():
+            raise Damaged(f"{path / ITEM / '_METADATA'} is missing. Restore another checkpoint.")
         hint = f" It holds the checkpoints {', '.join(near)}: name one of them." if near else ""
         raise CheckpointError(f"{path} is no checkpoint: neither it nor a folder in it has a _METADATA.{hint}")
     if len(found) > 1 and found[0] not in (path, path / ITEM):
@@ -77,7 +79,7 @@ def listing(path: Path) -> Listing:
             if not value.get("skip_deserialize") and value["value_type"] != "string":
                 arrays[".".join(str(k) for k in keys)] = keys
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder / '_METADATA'} is damaged ({type(error).__name__}: {error}). Restore another checkpoint.") from None
+        raise Damaged(f"{folder / '_METADATA'} is damaged ({type(error).__name__}: {error}). Restore another checkpoint.") from None
     ocdbt = content.get("use_ocdbt")
     ocdbt = (folder / "manifest.ocdbt").exists() if ocdbt is None else bool(ocdbt)
     return Listing(folder, arrays, "zarr3" if content.get("use_zarr3") else "zarr", ocdbt)

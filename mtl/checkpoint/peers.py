@@ -18,6 +18,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written or read: the message names the file and what to do."""
 
 
+class Damaged(CheckpointError):
+    """A checkpoint whose files are not what was written: another one may be good."""
+
+
 @dataclass(frozen=True)
 class Peers:
     """One process among those that save or restore together."""
@@ -27,17 +31,17 @@ class Peers:
     store: Any = None
     timeout: float = WAIT_SECONDS
 
-    def agree(self, purpose: str, error: str | None, value: Any = None) -> list[Any]:
+    def agree(self, purpose: str, error: str | None, value: Any = None, damaged: bool = False) -> list[Any]:
         """Wait for every process, raise everywhere if one of them reports an error, and give the values of all.
 
         Every process must call with the same purposes in the same order. Values are JSON.
         """
         if self.world == 1 or self.store is None:
             if error is not None:
-                raise CheckpointError(error)
+                raise (Damaged if damaged else CheckpointError)(error)
             return [value]
         name = f"mtl/{purpose}/{self.store.add(f'mtl/{purpose}/{self.rank}/calls', 1)}"
-        self.store.set(f"{name}/{self.rank}", json.dumps([error, value]))
+        self.store.set(f"{name}/{self.rank}", json.dumps([error, value, damaged]))
         if self.rank == 0:
             answers = [self._take(f"{name}/{i}", purpose, f"process {i}") for i in range(self.world)]
             self.store.set(f"{name}/all", json.dumps(answers))
@@ -45,25 +49,37 @@ class Peers:
             answers = self._take(f"{name}/all", purpose, "process 0")
         if self.rank == 0:
             self._forget(name)
-        errors = {f"process {i}": e for i, (e, _) in enumerate(answers) if e is not None}
+        errors = {f"process {i}": e for i, (e, *_) in enumerate(answers) if e is not None}
         if errors:
             same = len(errors) == self.world and len(set(errors.values())) == 1
-            raise CheckpointError(error if same else "\n".join(f"{who}: {e}" for who, e in errors.items()))
-        return [v for _, v in answers]
+            kind = Damaged if any(hurt for *_, hurt in answers) else CheckpointError
+            raise kind(error if same else "\n".join(f"{who}: {e}" for who, e in errors.items()))
+        return [v for _, v, _ in answers]
 
     def together(self, purpose: str, work: Callable[[], T]) -> T:
         """Do this process's work, then wait for the others; an error on any process is raised on all."""
-        error, result = None, None
+        error, result, damaged = None, None, False
         try:
             result = work()
         except UserError as problem:
-            error = str(problem)
+            error, damaged = str(problem), isinstance(problem, Damaged)
         except OSError as problem:
             error = f"{problem}"
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
-        self.agree(purpose, error)
+        self.agree(purpose, error, damaged=damaged)
         return result  # pyright: ignore[reportReturnType] (there was no error, so there is a result)
+
+    def part(self, purpose: str, seconds: float = 10.0) -> None:
+        """Part before every process ends: process 0, which keeps the store, waits until the others need it no more."""
+        if self.world == 1:
+            return
+        self.store.set(f"mtl/{purpose}/parted/{self.rank}", "1")
+        end = time.monotonic() + seconds
+        while self.rank == 0 and time.monotonic() < end:
+            if self.store.check([f"mtl/{purpose}/parted/{i}" for i in range(self.world)]):
+                return
+            time.sleep(0.005)
 
     def _take(self, key: str, purpose: str, who: str) -> Any:
         end, pause = time.monotonic() + self.timeout, 0.001

@@ -15,7 +15,7 @@ from mtl import tree
 from mtl.checkpoint import arrays, geometry
 from mtl.checkpoint.contents import ArrayInfo, Contents, inspect
 from mtl.checkpoint.geometry import Box
-from mtl.checkpoint.peers import CheckpointError, Peers, peers
+from mtl.checkpoint.peers import CheckpointError, Damaged, Peers, peers
 from mtl.errors import UserError
 
 PIECE = 64 << 20
@@ -78,7 +78,7 @@ def read_leaves(contents: Contents, leaves: Sequence[tuple[str, Any]], threads: 
     for name, x in leaves:
         info, array = contents.arrays[name], _result(contents, name, opening[name])
         if tuple(array.shape) != info.shape or array.dtype.name != info.dtype:
-            raise CheckpointError(f"{contents.item / name}: the array is not what the checkpoint lists. Restore another checkpoint.")
+            raise Damaged(f"{contents.item / name}: the array is not what the checkpoint lists. Restore another checkpoint.")
         offset, shape = local_box(name, x)
         device = torch.device(x.device_mesh.device_type) if isinstance(x, DTensor) else x.device
         device = torch.device("cpu") if device.type == "meta" else device
@@ -158,4 +158,4 @@ def _result(contents: Contents, name: str, future: Any) -> Any:
     try:
         return future.result()
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{contents.path}: array {name!r} is damaged or incomplete, and nothing was restored: {error}") from None
+        raise Damaged(f"{contents.path}: array {name!r} is damaged or incomplete, and nothing was restored: {error}") from None

@@ -21,6 +21,9 @@ from mtl.checkpoint.geometry import Box, Split
 from mtl.checkpoint.peers import Peers, peers
 from mtl.errors import UserError
 
+Piece = tuple["PlannedLeaf", Box, Tensor]
+"""A leaf, a box of it that this process writes, and its values."""
+
 Part = Callable[[str, Box], Tensor]
 """``part(name, (offset, shape))`` gives that box of a leaf, on any device."""
 
@@ -76,7 +79,7 @@ def save(
     small = small_files(host, config, extra)
     state = regular(state)
     part = part or part_of(state)
-    write_checkpoint(path, plan, small, group, ((leaf, box, part(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine))
+    write_checkpoint(path, plan, small, group, [((leaf, box, part(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine)])
 
 
 def make_plan(state: tree.Tree, group: Peers) -> Plan:
@@ -176,16 +179,19 @@ def write_checkpoint(
     plan: Plan,
     small: Mapping[str, bytes | Path],
     group: Peers,
-    pieces: Iterable[tuple[PlannedLeaf, Box, Tensor]],
+    waves: Iterable[Iterable[Piece]],
     threads: int | None = None,
 ) -> None:
-    """Write beside the place, flush, and commit: visible whole on every process's return, or not at all."""
+    """Write beside the place, flush, and commit: visible whole on every process's return, or not at all.
+
+    The pieces of a wave are on the disk before the next wave is asked for.
+    """
     begun, ctx = time.time(), arrays.context(threads or min(8, os.cpu_count() or 1))
     folder = files.unfinished(path) / ITEM
     unlock: list[Callable[[], None]] = []
     try:
         group.together(f"begin {path}", lambda: unlock.append(_begin(path, plan, ctx)) if group.rank == 0 else None)
-        group.together(f"write {path}", lambda: _write_pieces(folder, pieces, ctx))
+        group.together(f"write {path}", lambda: [_write_pieces(folder, pieces, ctx) for pieces in waves])
         group.together(f"commit {path}", lambda: _commit(path, plan, small, begun) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
@@ -213,7 +219,8 @@ def _begin(path: Path, plan: Plan, ctx: Any) -> Callable[[], None]:
     return unlock
 
 
-def _write_pieces(folder: Path, pieces: Iterable[tuple[PlannedLeaf, Box, Tensor]], ctx: Any) -> None:
+def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any) -> None:
+    """Write some pieces, all on the disk on return."""
     opened: dict[str, Any] = {}
     flying: deque[tuple[Any, int]] = deque()
     bytes_flying = 0

@@ -16,8 +16,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 class RunLog:
     """The run's outputs; on any rank but the first it does nothing."""
 
-    def __init__(self, folder: Path, first: bool, steps: int, wandb: Mapping[str, Any] | None = None) -> None:
-        """Open the folder's metrics.jsonl and the bar. ``wandb`` holds wandb.init's arguments, None switches it off."""
+    def __init__(self, folder: Path, first: bool, steps: int, wandb: Mapping[str, Any] | None = None, done: int = 0) -> None:
+        """Open the folder's metrics.jsonl and the bar. ``wandb`` holds wandb.init's arguments, None switches it off.
+
+        ``done`` steps were taken before.
+        """
         self.first = first
         self.console = Console(quiet=not first, highlight=False)
         if not first:
@@ -31,8 +34,8 @@ class RunLog:
             *columns, TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=self.console, disable=not self._live,
         )  # fmt: skip
-        self._task = self._bar.add_task("train", total=steps, shown="")
-        self._begun, self._steps = time.perf_counter(), steps
+        self._task = self._bar.add_task("train", total=steps, completed=done, shown="")
+        self._begun, self._steps, self._done = time.perf_counter(), steps, done
         self._bar.start()
 
     def say(self, text: str) -> None:
@@ -54,7 +57,7 @@ class RunLog:
         self._bar.update(self._task, completed=record["step"], shown=shown)
         now = time.perf_counter()
         if not self._live and (now - self._told > 10 or record["step"] == self._steps):
-            left = (now - self._begun) / max(record["step"], 1) * (self._steps - record["step"])
+            left = (now - self._begun) / max(record["step"] - self._done, 1) * (self._steps - record["step"])
             self.say(f"step {record['step']}/{self._steps}  {shown}  left {left:.0f} s")
             self._told = now
 

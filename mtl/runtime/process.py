@@ -126,6 +126,11 @@ def command_line() -> list[str]:
     return sys.argv[1:]
 
 
+def leave(code: int) -> None:
+    """End this process now, from any thread."""
+    _leave(code)
+
+
 def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mtl import tree
+from mtl.axes import names
 from mtl.optim.transforms import Optimizer
-from mtl.params import init
+from mtl.params import ParamSpec, init
 from mtl.precision import Precision
-from mtl.sharding.layout import whole
+from mtl.sharding.layout import box, whole
 from mtl.sharding.mesh import Mesh
 from mtl.sharding.rules import Rules
 from mtl.sharding.shard_map import to_global
@@ -29,8 +30,22 @@ class TrainState(NamedTuple):
 
 def init_state(specs: tree.Tree, rules: Rules, mesh: Mesh, seed: int, precision: Precision, optimizer: Optimizer) -> TrainState:
     """Make a fresh state: the same bits on every mesh. With a scaled precision, opt_state carries the loss scale too."""
-    params = init(specs, rules, mesh, seed, precision.param)
-    device = torch.device(mesh.device_type)
+    return _with_optimizer(init(specs, rules, mesh, seed, precision.param), torch.device(mesh.device_type), mesh, precision, optimizer)
+
+
+def abstract_state(specs: tree.Tree, rules: Rules, mesh: Mesh, precision: Precision, optimizer: Optimizer) -> TrainState:
+    """Make the same tree without memory, as DTensors on the meta device: what a restore asks for."""
+    device = torch.device("meta")
+
+    def make(path: str, spec: ParamSpec) -> DTensor:
+        layout = rules.layout("store", names(spec.axes), spec.shape, mesh.shape, f"parameter {path!r}")
+        local = torch.empty(box(spec.shape, layout, mesh)[1], dtype=precision.param, device=device)
+        return to_global(local, spec.shape, layout, mesh)
+
+    return _with_optimizer(tree.map_paths(make, specs), device, mesh, precision, optimizer)
+
+
+def _with_optimizer(params: tree.Tree, device: torch.device, mesh: Mesh, precision: Precision, optimizer: Optimizer) -> TrainState:
     opt_state = {"optimizer": optimizer.init(params)}
     if precision.scaled:
         opt_state["loss_scale"] = {"scale": torch.tensor(FIRST_SCALE, device=device), "good_steps": torch.zeros((), device=device)}

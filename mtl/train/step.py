@@ -25,7 +25,10 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step runs. remat, compile, backend and overlap change its speed and memory alone."""
+    """How a step runs. remat, compile, backend and overlap change its speed and memory alone.
+
+    ``before_update`` is called once a step, before the state is written to.
+    """
 
     precision: Precision
     remat: str = "none"
@@ -34,6 +37,7 @@ class StepOptions:
     clip: float = 1.0
     seed: int = 0
     overlap: bool = True
+    before_update: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         """Refuse an unknown way to compile."""
@@ -61,6 +65,7 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
             key = random.bits(random.key("dropout", options.seed), local.step)
             weights = gather_weights(par, letters, local.params, options.precision.compute)
             grads, shares = accumulate(gradient, weights, {**batch, "key": key}, scale, par.reduce)
+            options.before_update()
             metrics = update(local, grads, shares, scale * count, count)
         return state, metrics
 
