@@ -74,7 +74,9 @@ class GenerateSettings:
 def main(arguments: list[str]) -> None:
     """Read the settings, check them against the checkpoint, and write."""
     try:
-        settings = tyro.cli(GenerateSettings, args=arguments, prog="mtl generate", description=__doc__, console_outputs=process.place_rank() == 0)
+        settings = tyro.cli(
+            GenerateSettings, args=arguments, prog="mtl generate", description=__doc__, console_outputs=process.place_rank() == 0
+        )
     except SystemExit as stop:
         process.leave_together(int(stop.code or 0))
         raise
@@ -85,8 +87,7 @@ def main(arguments: list[str]) -> None:
     config = decoder.for_evaluation(model_config(contents))
     rules, shape = choose_layout(settings, config, at.world)
     speech = language(contents, settings.tokenizer, config.vocab)
-    texts = [*settings.prompt]
-    prompts = [speech.encode(text) for text in texts] + [_ids(text) for text in settings.prompt_ids]
+    prompts = [speech.encode(text) for text in settings.prompt] + [_ids(text) for text in settings.prompt_ids]
     prompts += read_prompts(settings.prompts, speech.encode) if settings.prompts else []
     check(decoder, config, prompts, settings.max_tokens)
     name = settings.precision if settings.precision != "auto" else ("bf16" if at.device.type in ("cuda", "xpu") else "fp32")
@@ -159,7 +160,9 @@ class Show:
                 print(f"--- {self.row}: {self.speech.decode(list(self.prompts[self.row]))}")
 
 
-def finish(settings: GenerateSettings, prompts: Sequence[Sequence[int]], speech: Language, rows: Sequence[Continuation], seconds: float) -> None:
+def finish(
+    settings: GenerateSettings, prompts: Sequence[Sequence[int]], speech: Language, rows: Sequence[Continuation], seconds: float
+) -> None:
     """Print JSON where asked, and the counts."""
     if settings.json:
         for prompt, row in zip(prompts, rows, strict=True):

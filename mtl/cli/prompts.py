@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mtl.checkpoint.contents import Contents
+from mtl.cli.hf import BESIDE
 from mtl.data import tokenizers
 from mtl.data.extra import need
 from mtl.errors import UserError
 
-BESIDE = "_hf/"
 EMPTY: Mapping[str, Any] = {}
 
 

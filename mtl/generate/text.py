@@ -45,7 +45,7 @@ class Continuation:
         return self._finish("length") if self.reason is None else ""
 
     def _new_text(self, last: bool = False) -> str:
-        """Give what the tokens say beyond what was given; up to three replacement characters at the end may be one that is not whole yet."""
+        """Give what the tokens say beyond what was given; replacement characters at the end may be one that is not whole yet."""
         before, now = self.decode(self._seen[: self._read]), self.decode(self._seen)
         loose = 0 if last else min(len(now) - len(now.rstrip("\ufffd")), 3)
         end = max(len(now) - loose, len(before) + self._given)
