@@ -88,7 +88,7 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     inner.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>"]
     inner.train_from_iterator(
-        [TEXT, (ROOT / "README.md").read_text()] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special,
+        [TEXT, "Write a model once as a pure function. One more, a much longer prompt with several words in it."] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
@@ -137,7 +137,7 @@ def test_text_equals_transformers(llama: tuple[Path, Any, Any], capsys: pytest.C
         want = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=64)[0, len(ids) :].tolist()
         assert got["prompt_ids"] == ids and got["ids"] == want
         assert got["tokens"] == len(want) and got["prompt_tokens"] == len(ids)
-        assert got["text"] == words.decode(want, skip_special_tokens=True)
+        assert got["text"] == words.decode([t for t in want if t != 7], skip_special_tokens=True), "an end token is no text"
         assert got["finish"] == ("end" if want[-1] in (1, 7) else "length")
 
 
