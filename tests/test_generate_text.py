@@ -87,8 +87,9 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     special = ["<s>", "</s>"]
+    words = "Write a model once as a pure function. One more, a much longer prompt with several words in it."
     inner.train_from_iterator(
-        [TEXT, "Write a model once as a pure function. One more, a much longer prompt with several words in it."] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special,
+        [TEXT, words] * 3, trainers.BpeTrainer(vocab_size=400, special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()),
     )  # fmt: skip
     inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
