@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from experiments import checkpoints
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
+from experiments.work import Kind, Work
 from mtl import params
 from mtl.data.batches import BatchShape, batch_at
 from mtl.data.python_text import python_text
@@ -48,32 +50,35 @@ from mtl.train.state import abstract_state, init_state
 from mtl.train.step import StepOptions, make_step
 
 
-def main(caught: Signals | None = None) -> None:
-    """Read the settings, check them, train, and show a sample. ``caught`` are the signals that end the run."""
-    preset, setup = read_settings(process.command_line())
+def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
+    """Read the settings, check them, train, and show a sample. ``caught`` are the signals that end the run, ``kind`` is pre-training."""
+    preset, setup = read_settings(process.command_line(), kind)
     at = process.place()
     process.prepare_environment(setup.deterministic)
     rules, shape = choose_layout(setup, at.world)
     setup = with_micro_batch(setup, rules, shape)
     precision = choose_precision(setup, at.device)
+    setup, work = (kind or PRETRAIN).work(setup)
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = setup.out or Path("runs") / f"{preset}-{stamp}"
         folder, steps = json.loads(process.on_first_rank(lambda: checkpoints.claim(out, setup.resume)))
-        run(preset, setup, rules, shape, precision, at, Path(folder), steps, caught)
+        run(preset, setup, rules, shape, precision, at, Path(folder), steps, caught, work)
 
 
-def read_settings(arguments: list[str]) -> tuple[str, Experiment]:
+def read_settings(arguments: list[str], kind: Kind | None = None) -> tuple[str, Experiment]:
     """Take the preset's name (default tiny) from the front of the arguments and the rest as flags over it."""
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else "tiny"
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
     flags = arguments[1:] if arguments and arguments[0] == preset else arguments
-    about = f"Pre-train {preset}. Presets: {', '.join(PRESETS)}."
+    kind = kind or PRETRAIN
+    about = f"{kind.does} {preset}. Presets: {', '.join(PRESETS)}."
+    default = kind.settings(PRESETS[preset], flags)
     try:
         return preset, tyro.cli(
-            Experiment, args=flags, default=PRESETS[preset], description=about, prog=f"pretrain.py {preset}",
+            type(default), args=flags, default=default, description=about, prog=f"{kind.program} {preset}",
             config=(tyro.conf.AvoidSubcommands,),
             console_outputs=process.place_rank() == 0,
         )  # fmt: skip
@@ -130,8 +135,6 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         raise UserError(
             f"train.seq-len {train.seq_len} is longer than the model's {model.max_positions} learned positions (model.max-positions)."
         )
-    if model.vocab < 256:
-        raise UserError(f"model.vocab is {model.vocab}: the built-in text is bytes and needs at least 256.")
     for table in ("store", "compute"):
         params.layouts(specs, rules, shape, table)
     known = sizes(setup, rules, shape)
@@ -148,8 +151,6 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     checkpoints.check(setup.checkpoint)
     parse_remat(setup.remat)
     make_optimizer(setup)
-    for text, name in zip(python_text(), ("train", "validation"), strict=True):
-        Windows(text, 0, name)(0, train.seq_len)
     one = torch.empty(1, 1, 1, 1, dtype=precision.compute, device=device)
     length = train.seq_len // (split * pieces) if split > 1 else train.seq_len
     q, k = (one.expand(1, length, n, decoder.attended_size(model)) for n in (model.heads, model.kv_heads))
@@ -179,9 +180,31 @@ def make_optimizer(setup: Experiment) -> tuple[Optimizer, Schedule]:
     return sgd(mask, optim.beta1, False, optim.weight_decay), rate
 
 
+def python_work(setup: Experiment) -> tuple[Experiment, Work]:
+    """Pre-train on the text that ships with Python, as bytes."""
+    if setup.model.vocab < 256:
+        raise UserError(f"model.vocab is {setup.model.vocab}: the built-in text is bytes and needs at least 256.")
+    texts = python_text()
+    samples, held_out = Windows(texts[0], setup.train.seed, "train"), Windows(texts[1], 0, "validation")
+    for each in (samples, held_out):
+        each(0, setup.train.seq_len)
+    following = "torchrun --nproc-per-node 2 experiments/pretrain.py tiny --mesh.tensor 2 (the same numbers on two processes)"
+    return setup, Work(
+        samples, held_out, setup.train.eval_samples, byte_tokens=True, prompt=tuple(b"def "), decode=as_bytes, following=following,
+    )  # fmt: skip
+
+
+def as_bytes(tokens: list[int]) -> str:
+    """Show tokens that are bytes; a model with a larger vocabulary may give others."""
+    return bytes(t if t < 256 else ord("?") for t in tokens).decode("utf-8", "replace")
+
+
+PRETRAIN = Kind("pretrain.py", "Pre-train", lambda preset, flags: preset, python_work)
+
+
 def run(
     preset: str, setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place, folder: Path,
-    steps: list[int], caught: Signals | None,
+    steps: list[int], caught: Signals | None, work: Work,
 ) -> Any:  # fmt: skip
     """Train and give the final state. ``steps`` are those whose checkpoints the folder holds."""
     model, train = setup.model, setup.train
@@ -192,35 +215,41 @@ def run(
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": resolved(rules, shape, precision), **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": i * train.global_batch_size}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
-    step = make_step(decoder, model, par, optimizer, rate, options)
+    step = by_length(par, lambda par: make_step(decoder, model, par, optimizer, rate, options))
+    fresh = work.begin or partial(init_state, seed=train.seed)
     state = keeper.begin(
         steps, setup.resume,
         lambda: abstract_state(specs, rules, mesh, precision, optimizer),
-        lambda: init_state(specs, rules, mesh, train.seed, precision, optimizer),
+        lambda: fresh(specs=specs, rules=rules, mesh=mesh, precision=precision, optimizer=optimizer),
     )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
     log = RunLog(folder, at.rank == 0, train.steps, wandb and wandb | {"id": keeper.run_id, "resume": "allow"}, keeper.first)
     log.say(f"{preset}: {params.count(specs) / 1e6:.1f} M parameters, {precision.name} on {at.world} x {at.device.type}")
     log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
+    for line in work.said:
+        log.say(line)
     keeper.start(state, log)
-    texts = python_text()
-    samples, held_out = Windows(texts[0], train.seed, "train"), Windows(texts[1], 0, "validation")
     batches = BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len)
 
     def batch(i: int) -> Any:
-        return batch_at(par, samples, i * train.global_batch_size, batches, precision.param)
+        shape = batches if work.length is None else dataclasses.replace(batches, seq_len=work.length(i))
+        return batch_at(par, work.train, i * train.global_batch_size, shape, precision.param)
 
-    hooks = [measured(setup, specs, at), evaluated(setup, par, precision, held_out), lambda i, state, record: log.write(tidy(record))]
+    hooks = [
+        measured(setup, specs, at, work.length),
+        evaluated(setup, par, precision, work),
+        lambda i, state, record: log.write(tidy(record)),
+    ]
     try:
         keeper.replay(state, hooks)
         state = fit(state, step, batch, range(keeper.first, train.steps), [keeper.step_done, *hooks, keeper.save_if_due])
         keeper.finish()
-        text = sample(setup, par, precision, state.params) if train.steps else ""
+        text = sample(setup, par, precision, state.params, work) if train.steps else ""
     finally:
         keeper.settle()
         log.close()
     log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl, checkpoints)")
-    log.say("next: torchrun --nproc-per-node 2 experiments/pretrain.py tiny --mesh.tensor 2 (the same numbers on two processes)")
+    log.say(f"next: {work.following}")
     return state
 
 
@@ -230,13 +259,29 @@ def resolved(rules: Rules, shape: MeshShape, precision: Precision) -> dict[str, 
     return {"rules": rules.name, **tables, "gather": rules.gather, "order": rules.order, "mesh": shape.sizes(), "precision": precision.name}
 
 
-def measured(setup: Experiment, specs: Any, at: process.Place) -> Callable[[int, Any, dict[str, Any]], None]:
+def by_length(par: Parallel, make: Callable[[Parallel], Any]) -> Any:
+    """Make a step that takes batches of several lengths: one step each, made when it is first needed."""
+    known: dict[int, Any] = {}
+
+    def step(state: Any, batch: Any) -> Any:
+        length: int = batch["tokens"].shape[-1] * par.mesh.size(par.axes("S"))
+        if length not in known:
+            seq = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), length)
+            known[length] = make(Parallel(par.mesh, par.rules, {**par.sizes, **seq}, par.reduce))
+        return known[length](state, batch)
+
+    return step
+
+
+def measured(
+    setup: Experiment, specs: Any, at: process.Place, length: Callable[[int], int] | None
+) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that adds speed and memory."""
     peak = peak_flops(at.device)
     flops = {name: flops_per_token(specs, setup.model, setup.train.seq_len, name == "mfu") for name in ("mfu", "mfu_full_attention")}
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
-        rate = setup.train.global_batch_size * setup.train.seq_len / record["step_time"] / at.world
+        rate = setup.train.global_batch_size * (length(i - 1) if length else setup.train.seq_len) / record["step_time"] / at.world
         record["tokens_per_second_per_device"] = rate
         record |= {name: None if peak is None else rate * count / peak for name, count in flops.items()}
         record["peak_memory_gib"] = peak_memory_gib(at.device)
@@ -244,19 +289,21 @@ def measured(setup: Experiment, specs: Any, at: process.Place) -> Callable[[int,
     return hook
 
 
-def evaluated(setup: Experiment, par: Parallel, precision: Precision, held_out: Windows) -> Callable[[int, Any, dict[str, Any]], None]:
+def evaluated(setup: Experiment, par: Parallel, precision: Precision, work: Work) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that evaluates every so many steps and at the end."""
     train = setup.train
     rows = par.mesh.size(par.axes("B")) * micro_batch(setup)
-    count = -(-train.eval_samples // rows)
+    samples, held_out = work.held_out_samples, work.held_out
+    count = -(-samples // rows)
     evaluate = make_evaluate(decoder, setup.model, par, precision)
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
-        if i == train.steps or (train.eval_every and i % train.eval_every == 0):
+        if held_out is not None and (i == train.steps or (train.eval_every and i % train.eval_every == 0)):
             shape = BatchShape(rows, micro_batch(setup), train.seq_len)
-            batches = (batch_at(par, held_out, n * rows, shape, precision.param, train.eval_samples) for n in range(count))
+            batches = (batch_at(par, held_out, n * rows, shape, precision.param, samples) for n in range(count))
             record["eval_loss"] = evaluate(state.params, batches)
-            record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2)
+            if work.byte_tokens:
+                record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2)
 
     return hook
 
@@ -266,12 +313,12 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in ("losses", "good", "entropy")}
 
 
-def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any, prompt: bytes = b"def ", count: int = 120) -> str:
-    """Write on from a prompt, byte by byte; every device of the mesh takes part and gets the same text."""
-    start = list(prompt[: max(setup.train.seq_len - 1, 1)])
+def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any, work: Work, count: int = 120) -> str:
+    """Write on from the work's prompt, token by token; every device of the mesh takes part and gets the same text."""
+    start = list(work.prompt[: max(setup.train.seq_len - 1, 1)])
     count, how = min(count, setup.train.seq_len - len(start)), Sampling(0.7, seed=setup.train.seed)
-    text = start + [t[0] or 0 for t in generate(decoder, setup.model, par.mesh, par.rules, precision, weights, [start], count, how)]
-    return bytes(t if t < 256 else ord("?") for t in text).decode("utf-8", "replace")
+    new = generate(decoder, setup.model, par.mesh, par.rules, precision, weights, [start], count, how, work.ends)
+    return work.decode(start + [t[0] or 0 for t in new])
 
 
 if __name__ == "__main__":

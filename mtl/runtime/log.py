@@ -52,8 +52,9 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
         shown = f"loss {record['loss']:.4f}  {record['tokens_per_second_per_device']:,.0f} tokens/s"
-        if "eval_bits_per_byte" in record:
-            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}, {record['eval_bits_per_byte']:.3f} bits per byte")
+        if "eval_loss" in record:
+            bits = f", {record['eval_bits_per_byte']:.3f} bits per byte" if "eval_bits_per_byte" in record else ""
+            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}{bits}")
         self._bar.update(self._task, completed=record["step"], shown=shown)
         now = time.perf_counter()
         if not self._live and (now - self._told > 10 or record["step"] == self._steps):

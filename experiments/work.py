@@ -1,0 +1,42 @@
+"""What a kind of run brings to the run that all share: its settings, its samples, and the state it starts from."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from mtl.data.samples import Samples
+
+
+class Work(NamedTuple):
+    """What is trained on, and how it begins and ends."""
+
+    train: Samples
+    held_out: Samples | None
+    held_out_samples: int
+    """Held-out samples that an evaluation may read."""
+    said: tuple[str, ...] = ()
+    """Lines about the data, shown at the start."""
+    length: Callable[[int], int] | None = None
+    """Tokens a sample in step i (from 0), where that is not train.seq-len."""
+    begin: Callable[..., Any] | None = None
+    """``begin(specs, rules, mesh, precision, optimizer)``: the state to start from, where it is not a fresh one."""
+    byte_tokens: bool = False
+    """A token is a byte, so that bits a token are bits a byte."""
+    prompt: tuple[int, ...] = ()
+    """Tokens that the text shown at the end goes on from."""
+    ends: tuple[int, ...] = ()
+    """The tokens that end that text."""
+    decode: Callable[[list[int]], str] = str
+    following: str = ""
+    """The command to try next."""
+
+
+class Kind(NamedTuple):
+    """A kind of run: the program's name, what it does, its settings (made from a preset's), and the work they come to.
+
+    ``work(settings)`` may settle settings that depend on the data; it gives both.
+    """
+
+    program: str
+    does: str
+    settings: Callable[[Any, list[str]], Any]
+    work: Callable[[Any], tuple[Any, Work]]
