@@ -72,6 +72,11 @@ def abstract(specs: tree.Tree, dtype: torch.dtype) -> tree.Tree:
     return tree.map(lambda s: torch.empty(s.shape, dtype=dtype, device="meta"), specs)
 
 
+def in_type(specs: tree.Tree, params: tree.Tree, dtype: torch.dtype) -> tree.Tree:
+    """Bring weights of products to the type that they are used in, once; what computes in a wider type (norms) stays as it is."""
+    return tree.map(lambda s, p: p.to(dtype) if len(s.axes.replace("L", "")) > 1 else p, specs, params)
+
+
 def count(specs: tree.Tree) -> int:
     """Count the elements of all parameters."""
     return sum(math.prod(s.shape) for s in tree.leaves(specs))

@@ -1,7 +1,7 @@
 """Trees of tensors: nested dicts, tuples and lists, mapped over and named by path. The only user of torch's pytree."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.utils._pytree as pytree
@@ -48,6 +48,13 @@ def keyed(tree: Tree, empty: bool = False) -> list[tuple[tuple[str | int, ...], 
 def map_paths(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """Apply ``fn(path, leaf)`` to every leaf."""
     return pytree.tree_map_with_path(lambda keys, leaf: fn(_spell(keys), leaf), tree)
+
+
+def join(first: Tree, second: Tree) -> Tree:
+    """Put two nested dicts together; where both have a leaf, the second's counts. None is an empty tree."""
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+        return first if second is None else second
+    return {**first, **{key: join(first.get(key), value) for key, value in second.items()}}
 
 
 def total(values: Iterable[Any]) -> Any:

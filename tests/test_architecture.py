@@ -13,6 +13,7 @@ LEVELS = {
     **dict.fromkeys(("mtl.sharding", "mtl.kernels", "mtl.runtime"), 1),
     **dict.fromkeys(("mtl.ops", "mtl.params"), 2),
     **dict.fromkeys(("mtl.models", "mtl.optim", "mtl.data", "mtl.checkpoint", "mtl.pipeline", "mtl.eval", "mtl.inspect"), 3),
+    "mtl.lora": 3.5,
     "mtl.train": 4,
     "mtl.generate": 4.5,
     "sharding_rules": 1.5,

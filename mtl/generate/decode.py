@@ -10,9 +10,10 @@ from torch import Tensor
 from mtl import tree
 from mtl.data.batches import to_device
 from mtl.errors import UserError
-from mtl.generate.memory import Room, allocate, cast, parallels, room
+from mtl.generate.memory import Room, allocate, parallels, room
 from mtl.generate.sampling import Sampling, choose
 from mtl.ops.cache import NOWHERE, put
+from mtl.params import in_type
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled, inductor_options
 from mtl.sharding.collectives import psum
@@ -51,7 +52,7 @@ def generate(
     config = model.for_evaluation(config)
     space = room(rules, mesh.shape, len(prompts), max(len(p) for p in prompts), max(max_tokens - 1, 0))
     wide, narrow = parallels(model, config, mesh, rules, space, precision)
-    weights = cast(model.specs(config), in_use(model, config, wide, precision, params), precision.compute)
+    weights = in_type(model.specs(config), in_use(model, config, wide, precision, params), precision.compute)
     state = start(model, config, wide, narrow, precision, prompts, space)
     how = sampling or Sampling()
 

@@ -82,10 +82,5 @@ def allocate(specs: tree.Tree, par: Parallel, dtype: torch.dtype) -> tree.Tree:
     return tree.map(one, specs)
 
 
-def cast(specs: tree.Tree, params: tree.Tree, dtype: torch.dtype) -> tree.Tree:
-    """Bring weights of products to the type that they are used in, once; what computes in a wider type (norms) stays as it is."""
-    return tree.map(lambda s, p: p.to(dtype) if len(s.axes.replace("L", "")) > 1 else p, specs, params)
-
-
 def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit

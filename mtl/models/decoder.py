@@ -36,6 +36,11 @@ PLAIN = {
     "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
 }
+PROJECTIONS = {
+    "query": ("D", "HK"), "key": ("D", "GK"), "value": ("D", "GK"), "out": ("HK", "D"),
+    "up": ("D", "F"), "gate": ("D", "F"), "down": ("F", "D"),
+}  # fmt: skip
+"""What each projection of a layer contracts, and what it makes."""
 
 
 @dataclass(frozen=True)

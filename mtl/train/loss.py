@@ -89,10 +89,14 @@ def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, ag
 
 
 def make_loss(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Loss:
-    """Make ``loss(params, batch)``: this device's share of (loss, cross-entropy), summed over its target tokens."""
+    """Make ``loss(params, batch)``: this device's share of (loss, cross-entropy), summed over its target tokens.
+
+    A batch may hold ``frozen`` parameters, which the model has beside ``params`` and which take no gradient.
+    """
     fold = make_fold(model, config, par, precision, again, backend)
 
     def loss(params: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        params = tree.join(batch.get("frozen"), params)
         return model.head(config, par, params, fold(params, batch), batch)
 
     return loss

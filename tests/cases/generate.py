@@ -11,11 +11,11 @@ from torch import Tensor
 import sharding_rules
 from mtl import random, tree
 from mtl.generate.decode import generate, make_prefill, make_step, prompt_batch, start
-from mtl.generate.memory import cache_bytes, cast, parallels, room
+from mtl.generate.memory import cache_bytes, parallels, room
 from mtl.generate.sampling import Sampling
 from mtl.models import decoder
 from mtl.models.decoder import Config
-from mtl.params import init
+from mtl.params import count, in_type, init
 from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import Mesh, MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
@@ -70,7 +70,7 @@ def cached(table: str, world: int, model: str, path: str, compiled: bool = False
         return state["forced"].index_select(1, state["count"].unsqueeze(0))[:, 0]
 
     with torch.no_grad():
-        params = cast(decoder.specs(config), in_use(decoder, config, wide, FP64, lively(config, rules, mesh)), torch.float64)
+        params = in_type(decoder.specs(config), in_use(decoder, config, wide, FP64, lively(config, rules, mesh)), torch.float64)
         state = start(decoder, config, wide, narrow, FP64, prompts, space)
         mine = state["rows"].remainder(len(prompts)) * (state["rows"] < len(prompts))
         state["logits"] = torch.zeros(len(mine), config.vocab, dtype=torch.float64)
@@ -87,13 +87,9 @@ def cached(table: str, world: int, model: str, path: str, compiled: bool = False
     ]  # fmt: skip
     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     held = sum(x.numel() * x.itemsize for x in tree.leaves(state["layers"]))
-    said = cache_bytes(decoder.cache_specs(config, space.rows, space.slots), rules, shape, torch.float64)
-    return {"error": error, "held": held, "said": said, "whole": decoder_bytes(config, space.rows, space.slots)}
-
-
-def decoder_bytes(config: Config, rows: int, slots: int) -> int:
-    """Count the bytes of the whole cache."""
-    return 2 * 8 * config.layers * rows * slots * config.kv_heads * config.head_size
+    specs = decoder.cache_specs(config, space.rows, space.slots)
+    said, whole = cache_bytes(specs, rules, shape, torch.float64), count(specs) * 8
+    return {"error": error, "held": held, "said": said, "whole": whole}
 
 
 def continued(table: str, world: int, model: str, compiled: bool = False) -> dict[str, Any]:
