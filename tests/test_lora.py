@@ -78,7 +78,7 @@ def test_the_frozen_model_takes_no_gradient_products(ranks: Ranks) -> None:
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_frozen_model_scatters_no_gradients(ranks: Ranks, how: str, remat: str) -> None:
     found = ranks.run("tests.cases.lora:counts", 2, table="fsdp", world=2, model="llama", how=how, remat=remat)
-    # One of each adapter's A and B is split, and its gradient scattered; no weight's is. (The first layer, whose input has no gradient, is a
+    # Of each adapter A or B is split, and its gradient scattered; no weight is. (The first layer, whose input has no gradient, is a
     # block of its own.)
     assert found["reduce_scatter"] == BASE * LAYERS, found
 
