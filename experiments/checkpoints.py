@@ -90,6 +90,7 @@ class Keeper:
         memory = None if settings.host_memory is None else int(settings.host_memory * 2**30)
         self.saver = Saver(memory, on_failure=self._failed)
         self.gate = Gate(0)
+        self.extra: Mapping[str, Any] = {}
         self.first, self.run_id, self.resumed = 0, f"{time.time_ns():x}", False
         self.on_leave: Callable[[], None] = lambda: None
         self._finished, self._ended = threading.Event(), threading.Event()
@@ -225,7 +226,7 @@ class Keeper:
 
         if self.at.rank == 0:
             flush(self.folder / "metrics.jsonl")
-        self.saver.save(self.store.path(i), state, host=host, config=self.config, after=after)
+        self.saver.save(self.store.path(i), state, host=host, config=self.config, extra=self.extra, after=after)
         self._saved_at = time.monotonic()
 
     def _time_is_up(self, i: int) -> bool:

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints
+from experiments import checkpoints, initial
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -53,6 +53,8 @@ from mtl.train.step import StepOptions, make_step
 def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     """Read the settings, check them, train, and show a sample. ``caught`` are the signals that end the run, ``kind`` is pre-training."""
     preset, setup = read_settings(process.command_line(), kind)
+    start = initial.open_start(setup.init) if setup.init else None
+    setup = dataclasses.replace(setup, model=initial.with_model(setup.model, PRESETS[preset].model, start)) if start else setup
     at = process.place()
     process.prepare_environment(setup.deterministic)
     rules, shape = choose_layout(setup, at.world)
@@ -64,7 +66,7 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = setup.out or Path("runs") / f"{preset}-{stamp}"
         folder, steps = json.loads(process.on_first_rank(lambda: checkpoints.claim(out, setup.resume)))
-        run(preset, setup, rules, shape, precision, at, Path(folder), steps, caught, work)
+        run(preset, setup, rules, shape, precision, at, Path(folder), steps, caught, work.starting(start))
 
 
 def read_settings(arguments: list[str], kind: Kind | None = None) -> tuple[str, Experiment]:
@@ -217,6 +219,7 @@ def run(
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
     step = by_length(par, lambda par: make_step(decoder, model, par, optimizer, rate, options))
     fresh = work.begin or partial(init_state, seed=train.seed)
+    keeper.extra = work.beside
     state = keeper.begin(
         steps, setup.resume,
         lambda: abstract_state(specs, rules, mesh, precision, optimizer),

@@ -119,6 +119,8 @@ class Experiment:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     resume: Literal["never", "auto", "must"] = "never"
     """Go on with the run in --out: auto from its newest good checkpoint (from the start if it has none), must from its newest alone."""
+    init: Annotated[str | None, tyro.conf.arg(metavar="hf:DIR")] = None
+    """Start from the model in a folder of Hugging Face, or from a checkpoint or run of mtl (its folder); the preset says the rest."""
     rules: str | None = None
     """Parallel layout: a shipped table's name, a path to a table, or a module; by default chosen from the mesh."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"

@@ -1,8 +1,10 @@
 """What a kind of run brings to the run that all share: its settings, its samples, and the state it starts from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from experiments.initial import Start
 from mtl.data.samples import Samples
 
 
@@ -28,6 +30,12 @@ class Work(NamedTuple):
     decode: Callable[[list[int]], str] = str
     following: str = ""
     """The command to try next."""
+    beside: Mapping[str, bytes] = MappingProxyType({})
+    """Files that every checkpoint of the run carries on."""
+
+    def starting(self, start: Start | None) -> "Work":
+        """Begin with the weights that ``--init`` names, unless this work begins by itself."""
+        return self if start is None else self._replace(begin=self.begin or start.state, beside={**start.beside, **self.beside})
 
 
 class Kind(NamedTuple):

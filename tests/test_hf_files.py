@@ -76,7 +76,7 @@ def test_metas_order_is_a_permutation_of_pairs() -> None:
 # ---------------------------------------------------------------- older and other spellings
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a folder's config.json."""
     values = json.loads((folder / "config.json").read_text())
     change(values)

@@ -15,6 +15,7 @@ import tyro
 from torch import Tensor
 
 import sharding_rules
+from experiments.initial import BESIDE, beside, model_config, newest, spread
 from mtl import checkpoint, params, tree
 from mtl.checkpoint import arrays
 from mtl.checkpoint.contents import Contents
@@ -28,13 +29,10 @@ from mtl.models.hf.fields import dtype as declared
 from mtl.models.hf.files import CONFIG
 from mtl.models.hf.load import abstract_params, open_model
 from mtl.runtime import process
-from mtl.sharding.layout import Layout, box
-from mtl.sharding.mesh import Mesh, make_mesh
+from mtl.sharding.mesh import make_mesh
 from mtl.sharding.rules import check_mesh
-from mtl.sharding.shard_map import to_global
 
-BESIDE = "_hf/"
-"""Where a checkpoint keeps what came with its model: config.json, generation_config.json, tokenizer files; and import.json, ours."""
+__all__ = ["main", "model_config", "newest"]
 
 
 @dataclass(frozen=True)
@@ -96,29 +94,16 @@ def import_folder(settings: Import) -> str:
         check_mesh(rules, shape)
         layouts = params.layouts(decoder.specs(model.config), rules, shape)
         state = {"params": spread(state["params"], layouts, make_mesh(shape, "cpu"))} if shape.devices() > 1 else state
-    came = {"family": model.family.name, "dtypes": {path: str(kind).removeprefix("torch.") for path, kind in model.dtypes.items()}}
-    beside: dict[str, Any] = {BESIDE + CONFIG: (settings.source / CONFIG).read_bytes(), BESIDE + "import.json": came}
-    beside |= {BESIDE + name: path for name, path in model.source.companions.items()}
     checkpoint.save(
         settings.out,
         state,
         config={"model": dataclasses.asdict(model.config)},
-        extra=beside,
+        extra=beside(model),
         part=lambda name, part: model.read(name.removeprefix("params."), part),
     )
     count = params.count(decoder.specs(model.config))
     notes = [f"\nnote: {text}" for text in remarks(model.source.config)]
     return f"{settings.out}: {model.family.name}, {count / 1e6:.1f} M parameters from {settings.source}{''.join(notes)}"
-
-
-def spread(abstract: tree.Tree, layouts: tree.Tree, mesh: Mesh) -> tree.Tree:
-    """Lay an abstract tree out on a mesh, still without memory."""
-
-    def split(x: Tensor, layout: Layout) -> Tensor:
-        local = torch.empty(box(x.shape, layout, mesh)[1], dtype=x.dtype, device="meta")
-        return to_global(local, x.shape, layout, mesh)
-
-    return tree.map(split, abstract, layouts)
 
 
 def remarks(config: Mapping[str, Any]) -> list[str]:
@@ -135,9 +120,9 @@ def export_folder(settings: Export) -> str:
     limit = folder.parse_size(settings.shard_size)
     contents = checkpoint.inspect(newest(settings.checkpoint))
     config = model_config(contents)
-    beside = {name.removeprefix(BESIDE): contents.read(name) for name in contents.files if name.startswith(BESIDE)}
-    came: dict[str, Any] = json.loads(beside.pop("import.json", b"{}"))
-    source: dict[str, Any] | None = json.loads(beside[CONFIG]) if CONFIG in beside else None
+    kept = {name.removeprefix(BESIDE): contents.read(name) for name in contents.files if name.startswith(BESIDE)}
+    came: dict[str, Any] = json.loads(kept.pop("import.json", b"{}"))
+    source: dict[str, Any] | None = json.loads(kept[CONFIG]) if CONFIG in kept else None
     family, values = write_config(config, source)
     held = {path: contents.arrays.get(f"params.{path}") for path, _ in tree.paths(decoder.specs(config))}
     check_held(contents, config, held)
@@ -145,7 +130,7 @@ def export_folder(settings: Export) -> str:
     if source is None or {path: str(kind).removeprefix("torch.") for path, kind in dtypes.items()} != came.get("dtypes"):
         values = with_dtype(values, dtypes)
     files = folder.shards(folder.tensors(family, config, dtypes), limit)
-    texts = beside if values == source else {**beside, CONFIG: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()}
+    texts = kept if values == source else {**kept, CONFIG: (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()}
     group, partial = peers(), folder.unfinished(settings.out)
     group.together("begin the export", lambda: folder.begin(settings.out) if group.rank == 0 else None)
     read = reader(contents)
@@ -158,20 +143,6 @@ def export_folder(settings: Export) -> str:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return f"{settings.out}: {family.name}, {sum(len(g) for g in files.values())} tensors in {len(files)} file{'s' * (len(files) > 1)}"
-
-
-def newest(path: Path) -> Path:
-    """Give a checkpoint's folder: the one named, or the newest of a run."""
-    steps = sorted((int(p.name), p) for p in (path / "checkpoints").glob("*") if p.name.isdigit())
-    return steps[-1][1] if steps else path
-
-
-def model_config(contents: Contents) -> decoder.Config:
-    """Read the model's configuration from a checkpoint's."""
-    saved = contents.config
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
-        raise UserError(f"{contents.path} does not say what model its arrays are (its configuration has no model).")
-    return decoder.config_from(saved["model"])
 
 
 def check_held(contents: Contents, config: decoder.Config, held: Mapping[str, Any]) -> None:

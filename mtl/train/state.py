@@ -30,7 +30,12 @@ class TrainState(NamedTuple):
 
 def init_state(specs: tree.Tree, rules: Rules, mesh: Mesh, seed: int, precision: Precision, optimizer: Optimizer) -> TrainState:
     """Make a fresh state: the same bits on every mesh. With a scaled precision, opt_state carries the loss scale too."""
-    return _with_optimizer(init(specs, rules, mesh, seed, precision.param), torch.device(mesh.device_type), mesh, precision, optimizer)
+    return start_state(init(specs, rules, mesh, seed, precision.param), mesh, precision, optimizer)
+
+
+def start_state(params: tree.Tree, mesh: Mesh, precision: Precision, optimizer: Optimizer) -> TrainState:
+    """Make the state of step 0 from parameters that are on the mesh."""
+    return _with_optimizer(params, torch.device(mesh.device_type), mesh, precision, optimizer)
 
 
 def abstract_state(specs: tree.Tree, rules: Rules, mesh: Mesh, precision: Precision, optimizer: Optimizer) -> TrainState:
