@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints, initial
+from experiments import checkpoints, initial, pipelining
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -42,12 +42,12 @@ from mtl.runtime.signals import Signals
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules, check_mesh
-from mtl.train.evaluate import make_evaluate
 from mtl.train.loop import fit
 from mtl.train.loss import parse_remat
+from mtl.train.pipelined import Pipeline
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
 from mtl.train.state import abstract_state, init_state
-from mtl.train.step import StepOptions, make_step
+from mtl.train.step import StepOptions
 
 
 def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
@@ -99,7 +99,8 @@ def choose_layout(setup: Experiment, world: int) -> tuple[Rules, MeshShape]:
 
 
 def with_micro_batch(setup: Experiment, rules: Rules, shape: MeshShape) -> Experiment:
-    """Settle the micro-batch size where it was left open."""
+    """Settle the micro-batch size and the pipeline where they were left open."""
+    setup = pipelining.settled(setup, rules, shape)
     if setup.train.micro_batch_size is not None:
         return setup
     share = setup.train.global_batch_size // math.prod(getattr(shape, axis) for axis in rules.act["batch"])
@@ -151,6 +152,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         rules.layout("act", (name,), (known[name],), shape, what)
     make_step_options(setup, precision, device)
     checkpoints.check(setup.checkpoint)
+    pipelining.plan(setup, shape)
     parse_remat(setup.remat)
     make_optimizer(setup)
     one = torch.empty(1, 1, 1, 1, dtype=precision.compute, device=device)
@@ -214,10 +216,13 @@ def run(
     par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce)
     specs = decoder.specs(model)
     optimizer, rate = make_optimizer(setup)
-    whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": resolved(rules, shape, precision), **provenance()}
+    pipeline = pipelining.plan(setup, shape)
+    choices = resolved(rules, shape, precision) | {"pipeline": pipelining.described(setup, pipeline)}
+    whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": i * train.global_batch_size}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
-    step = by_length(par, lambda par: make_step(decoder, model, par, optimizer, rate, options))
+    timing = pipelining.Timing(train.steps)
+    step = by_length(par, lambda par: pipelining.make_steps(pipeline, model, par, optimizer, rate, options, timing))
     fresh = work.begin or partial(init_state, seed=train.seed)
     keeper.extra = work.beside
     state = keeper.begin(
@@ -232,6 +237,8 @@ def run(
     for line in work.said:
         log.say(line)
     keeper.start(state, log)
+    if pipeline is not None:
+        log.say("pipeline " + ", ".join(f"{name} {value}" for name, value in pipelining.described(setup, pipeline).items()))
     batches = BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len)
 
     def batch(i: int) -> Any:
@@ -240,8 +247,9 @@ def run(
 
     hooks = [
         measured(setup, specs, at, work.length),
-        evaluated(setup, par, precision, work),
+        evaluated(setup, par, precision, work, pipeline),
         lambda i, state, record: log.write(tidy(record)),
+        timing.hook(folder, at.rank == 0),
     ]
     try:
         keeper.replay(state, hooks)
@@ -292,13 +300,16 @@ def measured(
     return hook
 
 
-def evaluated(setup: Experiment, par: Parallel, precision: Precision, work: Work) -> Callable[[int, Any, dict[str, Any]], None]:
+def evaluated(
+    setup: Experiment, par: Parallel, precision: Precision, work: Work, pipeline: Pipeline | None
+) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that evaluates every so many steps and at the end."""
     train = setup.train
     rows = par.mesh.size(par.axes("B")) * micro_batch(setup)
     samples, held_out = work.held_out_samples, work.held_out
+    rows *= min(setup.pipeline.microbatches or 1, -(-samples // rows)) or 1  # a pipeline takes several micro-batches at once
     count = -(-samples // rows)
-    evaluate = make_evaluate(decoder, setup.model, par, precision)
+    evaluate = pipelining.make_evaluation(pipeline, setup.model, par, precision)
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         if held_out is not None and (i == train.steps or (train.eval_every and i % train.eval_every == 0)):

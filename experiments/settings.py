@@ -108,6 +108,20 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class PipelineSettings:
+    """The pipeline, where mesh.pipe is above 1."""
+
+    schedule: str | None = None
+    """gpipe, 1f1b (the default), interleaved, zb_h1, zb_v, or a text file with one line a device."""
+    virtual: int | None = None
+    """Stages a device; by default the schedule's own (2 for interleaved and zb_v, else 1)."""
+    microbatches: int | None = None
+    """Micro-batches a step; by default as many as global batch and micro-batch size make."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Layers of each stage; by default split so that the slowest stage, embedding and head counted, is as fast as can be."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One pre-training run."""
 
@@ -121,6 +135,7 @@ class Experiment:
     """Go on with the run in --out: auto from its newest good checkpoint (from the start if it has none), must from its newest alone."""
     init: Annotated[str | None, tyro.conf.arg(metavar="hf:DIR")] = None
     """Start from the model in a folder of Hugging Face, or from a checkpoint or run of mtl (its folder); the preset says the rest."""
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     rules: str | None = None
     """Parallel layout: a shipped table's name, a path to a table, or a module; by default chosen from the mesh."""
     precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"

@@ -14,3 +14,7 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(value, known, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {kind} {value!r}.{hint} Known: {', '.join(known)}.")
+
+
+class PeerLost(RuntimeError):
+    """Another process of the run is gone: what is left of it ends too, with one message from all."""

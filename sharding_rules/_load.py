@@ -30,7 +30,7 @@ def load(name: str) -> Rules:
 
 def choose(mesh: MeshShape) -> str:
     """Name the table that fits the axes in use best."""
-    used = set(mesh.active())
+    used = set(mesh.active()) - {"pipe"}  # which every table uses
     if not used:
         return "single"
     if "tensor" in used:
@@ -44,7 +44,7 @@ def choose(mesh: MeshShape) -> str:
 
 def world_axis(rules: Rules) -> str:
     """Name the mesh axis that takes all devices where nothing else is said: the last one the table uses."""
-    return (rules.used() or ("replica",))[-1]
+    return ([axis for axis in rules.used() if axis != "pipe"] or ["replica"])[-1]
 
 
 def _shipped() -> dict[str, Rules]:

@@ -1,5 +1,5 @@
 """FSDP (and data parallelism) outside, tensor and sequence parallelism inside."""
 
 BASE = "tensor"
-STORE = {"embed": ("fsdp",)}
+STORE = {"embed": ("pipe", "fsdp")}
 ACT = {"batch": ("replica", "fsdp")}

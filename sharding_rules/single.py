@@ -1,9 +1,11 @@
 """One device: nothing is split."""
 
+PAD = ("layers",)
+
 STORE = {
-    "layers": (),
+    "layers": ("pipe",),
     "vocab": (),
-    "embed": (),
+    "embed": ("pipe",),
     "heads": (),
     "kv_heads": (),
     "head": (),
@@ -14,7 +16,7 @@ STORE = {
     "whole": (),
 }
 COMPUTE = {
-    "layers": (),
+    "layers": ("pipe",),
     "vocab": (),
     "embed": (),
     "heads": (),

@@ -1,12 +1,12 @@
 """Tensor parallelism with sequence parallelism: heads, MLP and vocabulary split inside layers, the sequence between them."""
 
 WHOLE = ("kv_heads", "core_kv_heads")
-PAD = ("vocab",)
+PAD = ("vocab", "layers")
 
 STORE = {
-    "layers": (),
+    "layers": ("pipe",),
     "vocab": ("tensor",),
-    "embed": (),
+    "embed": ("pipe",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "head": (),
@@ -17,7 +17,7 @@ STORE = {
     "whole": (),
 }
 COMPUTE = {
-    "layers": (),
+    "layers": ("pipe",),
     "vocab": ("tensor",),
     "embed": (),
     "heads": ("tensor",),

@@ -104,7 +104,7 @@ def test_uneven_work_and_sending_cost_time() -> None:
 def test_forwards_alone_fill_the_pipeline() -> None:
     for name in BUILDERS:
         table = build(name, 4, 8)
-        alone = forwards(table, 5)
+        alone = forwards(table.place, 5)
         assert {a for row in alone.rows for a in row} == {Action(s, "F", m) for s in range(table.stages) for m in range(5)}
         assert alone.place == table.place
         simulate(alone)

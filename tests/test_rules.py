@@ -38,7 +38,7 @@ def test_tables_are_total(name: str) -> None:
 
 def test_fsdp_is_the_difference_between_store_and_compute() -> None:
     rules = sharding_rules.load("fsdp")
-    assert rules.store["embed"] == ("fsdp",) and rules.compute["embed"] == ()
+    assert rules.store["embed"] == ("pipe", "fsdp") and rules.compute["embed"] == ()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_layouts_fit_or_refuse(sizes: tuple[int, ...], name: str, embed: int) ->
         parts = 1
         for axis in axes:
             parts *= getattr(mesh, axis)
-        assert size % parts == 0
+        assert size % parts == 0 or axes == ("pipe",)  # layers are padded
 
 
 def test_parameter_table_shows_every_parameter() -> None:

@@ -14,6 +14,7 @@ from mtl.generate.memory import Room, allocate, parallels, room
 from mtl.generate.sampling import Sampling, choose
 from mtl.ops.cache import NOWHERE, put
 from mtl.params import in_type
+from mtl.pipeline.exchange import stage_parallel
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled, inductor_options
 from mtl.sharding.collectives import psum
@@ -99,7 +100,9 @@ def start(
     """Make what a step changes in place: the cache and its places, this device's last tokens, their positions, and their count."""
     rows = _own_rows(wide, space)
     device = wide.mesh.device_type
-    layers = allocate(model.cache_specs(config, space.rows, space.slots), narrow, precision.compute)
+    first, count = narrow.span("L", "store")
+    own = model.cache_specs(config, space.rows, space.slots)[first : first + count]
+    layers = allocate(own, narrow, precision.compute)
     slots = space.slots // wide.mesh.size(wide.axes("S"))
     lengths = torch.tensor([len(_prompt(prompts, r)) for r in rows], device=device)
     return {
@@ -153,9 +156,16 @@ def make_step(
 
 
 def _fold(model: Any, config: Any, par: Parallel, params: Any, x: Tensor, stream: Any, cache: Any) -> Tensor:
+    """Run the layers: each device of a pipeline its own, in turn, and then all have the result."""
     pieces, structure = tree.flatten(params["layers"])
-    for i, (leaves, held) in enumerate(zip(zip(*(piece.unbind(0) for piece in pieces), strict=True), cache, strict=True)):
-        x = model.block(model.at_layer(config, i), par, tree.unflatten(structure, leaves), x, stream | held)
+    first, pipe, inner = par.span("L", "store")[0], par.mesh.shape.pipe, stage_parallel(par)
+    for turn in range(pipe):
+        if turn == par.mesh.index(("pipe",)):
+            for i, (leaves, held) in enumerate(zip(zip(*(piece.unbind(0) for piece in pieces), strict=True), cache, strict=True), first):
+                x = model.block(model.at_layer(config, i), inner, tree.unflatten(structure, leaves), x, stream | held)
+        elif pipe > 1:
+            x = torch.zeros_like(x)
+        x = psum(x, ("pipe",), par.mesh)
     return x
 
 

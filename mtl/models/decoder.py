@@ -188,10 +188,16 @@ def embed(cfg: Config, par: Parallel, params: Params, batch: Mapping[str, Tensor
     batch has tokens and positions (B, S), and where used documents (B, D), rows [B], slots (S) and key [].
     """
     x = embedding(par, batch["tokens"], params["embed"]["weight"], dtype)
-    stream: Stream = {}
     if cfg.positions == "learned":
         table = fetch(par, "PD", params["positions"]["weight"], dtype)
         x = x + par.reshard(F.embedding(batch["positions"], table), "BSD", "BRD")
+    stream = beside(cfg, par, batch)
+    return _drop(cfg.dropout_embed, par, x, stream, site=0), stream
+
+
+def beside(cfg: Config, par: Parallel, batch: Mapping[str, Tensor]) -> Stream:
+    """Give what travels beside the residual stream. It needs no parameters, so every stage of a pipeline makes its own."""
+    stream: Stream = {}
     if cfg.positions == "rotary":
         lengths = _lengths(par, batch) if cfg.rope_scaling.kind == "dynamic" else None
         stream["cos"], stream["sin"] = angles(batch["positions"], cfg.head_size, cfg.rope_theta, cfg.rope_scaling, lengths)
@@ -201,8 +207,7 @@ def embed(cfg: Config, par: Parallel, params: Params, batch: Mapping[str, Tensor
         stream["documents"] = batch["documents"]
     if cfg.dropout_embed or cfg.dropout_attention or cfg.dropout_mlp:
         stream |= {"rows": batch["rows"], "slots": par.reshard(batch["slots"], "S", "R"), "key": batch["key"]}
-        x = _drop(cfg.dropout_embed, par, x, stream, site=0)
-    return x, stream
+    return stream
 
 
 def at_layer(cfg: Config, layer: int) -> Config:

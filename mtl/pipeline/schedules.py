@@ -163,8 +163,9 @@ def _from_file(name: str, devices: int, microbatches: int | None, virtual: int |
     return table
 
 
-def forwards(table: Table, microbatches: int) -> Table:
-    """Give the forwards alone, with each stage where ``table`` has it: what evaluation runs."""
-    order = [[Action(stage, "F", m) for m in range(microbatches) for stage in table.on(device)] for device in range(table.devices)]
+def forwards(place: Mapping[int, int], microbatches: int) -> Table:
+    """Give forwards alone, each stage on the device that ``place`` says: what evaluation runs."""
+    devices = range(max(place.values()) + 1)
+    order = [[Action(stage, "F", m) for m in range(microbatches) for stage in place if place[stage] == device] for device in devices]
     # in order of the earliest moment at which each can run, so that no device waits for what another puts off
-    return Table(f"forwards of {table.name}", tuple(tuple(sorted(row, key=lambda a: (a.micro + a.stage, a.stage))) for row in order))
+    return Table("forwards", tuple(tuple(sorted(row, key=lambda a: (a.micro + a.stage, a.stage))) for row in order))

@@ -68,6 +68,11 @@ def permute_start(x: Tensor, shift: int, index: int, size: int, group: str) -> T
     return _ops.all_to_all_single(x.contiguous(), receive, send, group)
 
 
+def exchange_raw(x: Tensor, receive: list[int], send: list[int], group: str) -> Tensor:
+    """Send the next ``send[i]`` rows to member i and take ``receive[i]`` rows from it, without a derivative."""
+    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), receive, send, group))
+
+
 def wait(x: Tensor) -> Tensor:
     """Wait for a collective that was started."""
     return _ops.wait_tensor(x)

@@ -42,14 +42,18 @@ class Rules:
         return tuple(axis for axis in MESH_AXES if axis in found)
 
     def layout(self, table: str, axes: Sequence[str], shape: Sequence[int], mesh: MeshShape, what: str) -> Layout:
-        """Place an array of logical ``axes`` and global ``shape`` by one of the tables store, compute, act."""
+        """Place an array of logical ``axes`` and global ``shape`` by one of the tables store, compute, act.
+
+        Axis pipe splits the first dimension that lists it: the layers, or what has no layers along another.
+        """
         where = f"{what} {tuple(shape)} with axes ({', '.join(axes)}) on the mesh {mesh} under rules {self.name!r}"
         dims: list[Axes] = []
         for name, size in zip(axes, shape, strict=True):
             rows = getattr(self, table)
             if name not in rows:
                 raise UserError(f"{where}: no row for {name!r} in the {table.upper()} table.")
-            dims.append(self._fit(name, size, tuple(a for a in rows[name] if getattr(mesh, a) > 1), mesh, where))
+            split = tuple(a for a in rows[name] if getattr(mesh, a) > 1 and not (a == "pipe" and any("pipe" in d for d in dims)))
+            dims.append(self._fit(name, size, split, mesh, where))
         used = [a for axes_ in dims for a in axes_]
         for axis in used:
             if used.count(axis) > 1:

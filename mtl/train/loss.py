@@ -23,6 +23,7 @@ class Model(Protocol):
     specs: Any
     sizes: Any
     embed: Any
+    beside: Any
     at_layer: Any
     block: Any
     head: Any
@@ -49,26 +50,30 @@ def parse_remat(text: str) -> Remat:
     raise UserError(f"remat is {text!r}: expected none, selective, full or every:N (each N-th layer in full, N at least 1).")
 
 
+def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[Any, Any]:
+    """Make the block of a layer's configuration, and the one that is computed again in backward, as ``again`` says."""
+
+    def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
+        return model.block(layer, par, p, x, stream)
+
+    def selective(p: Any, x: Tensor, stream: Any) -> Tensor:
+        return model.block(layer, par, p, x, stream, selective=True)
+
+    def kept(p: Any, x: Tensor, stream: Any) -> Tensor:
+        return model.block(layer, par.keeping(), p, x, stream)
+
+    ordinary = selective if again.kind == "selective" else plain
+    return ordinary, remat(kept) if again.kind == "full" else ordinary
+
+
 def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:
     """Make ``fold(params, batch)``, the residual stream after the last layer. With ``backend``, each block is compiled (once for all)."""
+    if par.mesh.shape.pipe > 1:
+        raise ValueError("layers lie on a pipeline: mtl.train.pipelined makes steps and evaluations for it")
 
     def runners(layer: Any) -> tuple[Any, Any]:
-        """Make the block of a layer's configuration, and the one that is computed again."""
-
-        def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
-            return model.block(layer, par, p, x, stream)
-
-        def selective(p: Any, x: Tensor, stream: Any) -> Tensor:
-            return model.block(layer, par, p, x, stream, selective=True)
-
-        def kept(p: Any, x: Tensor, stream: Any) -> Tensor:
-            return model.block(layer, par.keeping(), p, x, stream)
-
-        ordinary = selective if again.kind == "selective" else plain
-        special = remat(kept) if again.kind == "full" else ordinary
-        if backend is None:
-            return ordinary, special
-        return compiled(ordinary, backend, blockwise=True), compiled(special, backend, blockwise=True)
+        blocks = make_blocks(model, layer, par, again)
+        return blocks if backend is None else (compiled(blocks[0], backend, blockwise=True), compiled(blocks[1], backend, blockwise=True))
 
     known: dict[Any, tuple[Any, Any]] = {}  # equal layers share one block, which is compiled once
 

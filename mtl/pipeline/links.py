@@ -1,0 +1,150 @@
+"""Messages between the stages of a pipeline: receives posted ahead, sends that overlap with compute, buffers used again.
+
+Every pair of devices has a channel for each direction. On it messages go in the order in which the table makes them, and both ends know
+that order, so nothing is negotiated and no send waits for a receive that is posted after it.
+"""
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mtl.errors import PeerLost
+from mtl.pipeline.table import Action, Table
+from mtl.sharding.mesh import Mesh
+
+AHEAD = 2
+"""Receives that are posted on each channel before they are needed."""
+
+Channel = tuple[int, int]
+
+
+class Links:
+    """The channels of this device's pipeline. On the CPU they share the pipeline's group and messages have tags."""
+
+    def __init__(self, mesh: Mesh, place: Mapping[int, int]) -> None:
+        """Make the channels between stages that follow each other; every process must call this."""
+        self.device = mesh.coordinates["pipe"]
+        self._groups: dict[Channel, Any] = {}
+        self._tagged = mesh.device_type == "cpu"
+        self._free: dict[Any, list[Tensor]] = {}
+        pairs = {(place[s], place[s + 1]) for s in range(len(place) - 1)}
+        channels = sorted(c for a, b in pairs if a != b for c in ((a, b), (b, a)))
+        if self._tagged:
+            self._groups = dict.fromkeys(channels, mesh.device_mesh.get_group("pipe") if channels else None)
+            return
+        names = list(mesh.device_mesh.mesh_dim_names or ())
+        lines = mesh.device_mesh.mesh.movedim(names.index("pipe"), -1).flatten(0, -2).tolist() if channels else []
+        for channel in channels:  # a group each, so that on NCCL each has a stream of its own
+            for line in lines:
+                group = dist.new_group([line[channel[0]], line[channel[1]]])
+                if dist.get_rank() in line and self.device in channel:
+                    self._groups[channel] = group
+
+    def open(self, table: Table, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Traffic":
+        """Start a step's messages, all of one shape."""
+        return Traffic(self, table, shape, dtype, device)
+
+    def take_buffer(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Take a buffer that is free, or a new one."""
+        free = self._free.setdefault((shape, dtype, device), [])
+        return free.pop() if free else torch.empty(shape, dtype=dtype, device=device)
+
+    def return_buffer(self, buffer: Tensor) -> None:
+        """Keep a buffer for later messages."""
+        self._free.setdefault((tuple(buffer.shape), buffer.dtype, buffer.device), []).append(buffer)
+
+    def post(self, channel: Channel, x: Tensor, tag: int) -> Any:
+        """Start to send ``x`` on a channel out, or to receive into it on a channel in."""
+        group, out = self._groups[channel], channel[0] == self.device
+        other = channel[1] if out else channel[0]
+        if not self._tagged:
+            other, tag = sorted(channel).index(other), 0
+        call = dist.isend if out else dist.irecv
+        return call(x, group=group, tag=tag, **({"group_dst": other} if out else {"group_src": other}))
+
+
+class Traffic:
+    """The messages of one run of a table."""
+
+    def __init__(self, links: Links, table: Table, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        """Post the first receives."""
+        self._links, self._table, self._form = links, table, (shape, dtype, device)
+        self._coming: dict[Channel, deque[Action]] = {}
+        self._posted: dict[Action, tuple[Any, Tensor]] = {}
+        self._sent: list[tuple[Any, Tensor, Action]] = []
+        for source, row in enumerate(table.rows):
+            for action in row:
+                goal = self.goal(action)
+                if goal is not None and table.place[goal.stage] == links.device != source:
+                    self._coming.setdefault((source, links.device), deque()).append(goal)
+        for channel in self._coming:
+            self._top_up(channel)
+
+    def goal(self, action: Action) -> Action | None:
+        """Give the action that the result of ``action`` goes to."""
+        stage, kind, micro = action
+        if kind == "F":
+            return Action(stage + 1, "F", micro) if stage + 1 < self._table.stages else None
+        return Action(stage - 1, "B", micro) if kind == "B" and stage else None
+
+    def send(self, x: Tensor, goal: Action) -> None:
+        """Send a result on its way."""
+        self._sent = [entry for entry in self._sent if not entry[0].is_completed()]
+        channel = (self._links.device, self._table.place[goal.stage])
+        x = x.contiguous()
+        self._sent.append((self._guard(goal, lambda: self._links.post(channel, x, self._tag(goal))), x, goal))
+
+    def receive(self, goal: Action) -> Tensor:
+        """Wait for what an action needs: on an accelerator its stream waits, not the process."""
+        source = self._table.needs(goal)
+        assert source is not None
+        channel = (self._table.place[source.stage], self._links.device)
+        while goal not in self._posted:
+            self._post(channel)
+        work, buffer = self._posted.pop(goal)
+        self._guard(goal, work.wait)
+        self._top_up(channel)
+        return buffer
+
+    def release(self, buffer: Tensor) -> None:
+        """Give a received buffer back."""
+        self._links.return_buffer(buffer)
+
+    def finish(self) -> None:
+        """Wait until everything was sent."""
+        for work, _, goal in self._sent:
+            self._guard(goal, work.wait)
+        self._sent.clear()
+
+    def _top_up(self, channel: Channel) -> None:
+        waiting = sum(1 for goal in self._posted if self._source(goal) == channel[0])
+        for _ in range(min(AHEAD - waiting, len(self._coming[channel]))):
+            self._post(channel)
+
+    def _post(self, channel: Channel) -> None:
+        goal = self._coming[channel].popleft()
+        buffer = self._links.take_buffer(*self._form)
+        self._posted[goal] = (self._guard(goal, lambda: self._links.post(channel, buffer, self._tag(goal))), buffer)
+
+    def _source(self, goal: Action) -> int:
+        source = self._table.needs(goal)
+        assert source is not None
+        return self._table.place[source.stage]
+
+    def _tag(self, goal: Action) -> int:
+        return 1 + (goal.stage * 2 + (goal.kind == "B")) * self._table.microbatches + goal.micro
+
+    def _guard(self, goal: Action, call: Any) -> Any:
+        """Turn the loss of the other end into one message."""
+        try:
+            return call()
+        except RuntimeError as error:
+            raise PeerLost(f"the pipeline stopped at {goal}: the device at its other end is gone ({_first_line(error)}).") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200]

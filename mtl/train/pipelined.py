@@ -1,0 +1,271 @@
+"""Steps and evaluation through a pipeline: the same state, numbers and metrics as without one."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtl import random, tree
+from mtl.axes import LETTERS
+from mtl.ops.linear import scatter_step
+from mtl.optim.schedules import Schedule
+from mtl.optim.transforms import Optimizer
+from mtl.params import decayed
+from mtl.pipeline.exchange import Move, plan, stage_parallel
+from mtl.pipeline.links import Links
+from mtl.pipeline.run import run
+from mtl.pipeline.schedules import forwards
+from mtl.pipeline.simulate import Span
+from mtl.pipeline.stage import Form, Forward, Functions, Pieces, Training, trace_pieces
+from mtl.pipeline.table import Action, Table
+from mtl.precision import Precision
+from mtl.runtime.compile import compiled, inductor_options
+from mtl.sharding.collectives import psum
+from mtl.sharding.layout import box
+from mtl.sharding.parallel import Parallel
+from mtl.sharding.shard_map import to_local
+from mtl.train.gradient import gather_weights
+from mtl.train.loss import Batch, Model, Remat, make_blocks, parse_remat
+from mtl.train.state import TrainState
+from mtl.train.step import StepOptions, loss_scale, make_update
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A run's pipeline: its table for a number of micro-batches, and the layers of each stage."""
+
+    table: Callable[[int], Table]
+    layers: tuple[tuple[int, ...], ...]
+    place: Mapping[int, int]
+
+
+@dataclass(eq=False)
+class Staging:
+    """Which parameters the stages of each device use, and how these get there and back."""
+
+    model: Model
+    config: Any
+    par: Parallel
+    precision: Precision
+    pipeline: Pipeline
+    _moves: dict[str, Move | None] = field(default_factory=dict[str, Move | None])
+
+    def __post_init__(self) -> None:
+        """Take down what follows from the settings."""
+        self.inner = stage_parallel(self.par)
+        self.device = self.par.mesh.coordinates["pipe"]
+        self.specs = self.model.specs(self.config)
+        self.letters = tree.map(lambda spec: spec.axes, self.specs)
+        self.own = [s for s, d in self.pipeline.place.items() if d == self.device]
+        self.types = tree.map(self._type, self.specs, decayed(self.specs))
+        self.traced: dict[Any, Pieces] = {}
+
+    def _type(self, spec: Any, matrix: bool) -> torch.dtype:
+        """Say in which type a parameter goes to its stage: a matrix that is not gathered layer by layer is cast once a step."""
+        whole = self.inner.layout(spec.axes, "store") == self.inner.layout(spec.axes, "compute")
+        return self.precision.compute if self.par.rules.gather == "step" or (matrix and whole) else self.precision.param
+
+    def functions(self, again: Remat) -> Functions:
+        """Give the model's functions on a stage's devices."""
+        model, config, inner, compute = self.model, self.config, self.inner, self.precision.compute
+        return Functions(
+            lambda params, batch: model.embed(config, inner, params, batch, compute)[0],
+            lambda layer: (model.at_layer(config, layer), layer % again.every == 0),
+            lambda kind: make_blocks(model, kind[0], inner, again)[kind[1]],
+            lambda params, x, batch: model.head(config, inner, params, x, batch),
+            lambda batch: model.beside(config, inner, batch),
+            model.layer_key,
+        )
+
+    def pieces(self, functions: Functions, batch: Batch, compile: Any = None) -> Pieces:
+        """Trace the model, once for each shape of batches."""
+        known = tuple((name, tuple(x.shape)) for name, x in batch.items())
+        if known not in self.traced:
+            table = "compute" if self.par.rules.gather == "step" else "store"
+
+            def form(spec: Any, dtype: torch.dtype) -> Form:
+                shape = box(spec.shape, self.inner.layout(spec.axes, table), self.inner.mesh)[1]
+                return Form(shape[1:] if LETTERS[spec.axes[0]] == "layers" else shape, dtype)
+
+            forms = tree.map(form, self.specs, self.types)
+            outer = {name: part for name, part in forms.items() if name != "layers"}
+            self.traced[known] = trace_pieces(functions, self._kinds(functions), forms["layers"], outer, batch, compile)
+            self._plan(self.traced[known], outer)
+        return self.traced[known]
+
+    def _kinds(self, functions: Functions) -> list[Any]:
+        return list(dict.fromkeys(functions.kind(n) for s in self.own for n in self.pipeline.layers[s]))
+
+    def _plan(self, pieces: Pieces, outer: tree.Tree) -> None:
+        place, last = self.pipeline.place, len(self.pipeline.layers) - 1
+        homes = [
+            [n for s, d in place.items() if d == device for n in self.pipeline.layers[s]] for device in range(self.par.mesh.shape.pipe)
+        ]
+        users: dict[str, list[int]] = {}
+        for (path, _), first, second in zip(tree.paths(outer), pieces.embed.grads, pieces.head.grads, strict=True):
+            users[path] = [place[s] for s, used in ((0, first), (last, second)) if used is not None]
+        for path, spec in tree.paths(self.specs):
+            self._moves[path] = plan(self.par, spec.axes, spec.shape, homes, users.get(path, ()))
+
+    def to_stages(self, params: tree.Tree) -> tree.Tree:
+        """Give this device's stages their parameters, from those at rest."""
+
+        def one(path: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+            move = self._moves[path]
+            return x.to(dtype) if move is None else move.to_stage(x.to(dtype))
+
+        leaves, structure = tree.flatten(params)
+        moved = [one(path, x, t) for (path, _), x, t in zip(tree.paths(self.specs), leaves, tree.leaves(self.types), strict=True)]
+        return gather_weights(self.inner, self.letters, tree.unflatten(structure, moved), self.precision.compute)
+
+    def to_rest(self, grads: tree.Tree, params: tree.Tree) -> tree.Tree:
+        """Return gradients to where their parameters rest."""
+
+        def one(path: str, axes: str, grad: Tensor, rest: Tensor) -> Tensor:
+            move = self._moves[path]
+            grad = scatter_step(self.inner, axes, grad, rest) if self.par.rules.gather == "step" else grad
+            return grad if move is None else move.to_rest(grad, rest)
+
+        leaves, structure = tree.flatten(params)
+        columns = (tree.paths(self.letters), tree.leaves(grads), leaves)
+        return tree.unflatten(structure, [one(path, axes, g, x) for (path, axes), g, x in zip(*columns, strict=True)])
+
+
+class Watch:
+    """Times of a run's actions: of the device's stream on an accelerator, else of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start to count."""
+        self._device, self._events = device, list[tuple[Action, Any]]()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # so that the device's clock and the process's start together
+        self._begun = self._now()
+        self._host = time.time()
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def mark(self, action: Action, ended: bool) -> None:
+        """Take the time before and after an action."""
+        self._events.append((action, self._now()))
+
+    def spans(self, device: int) -> tuple[Span, ...]:
+        """Give the actions with their times, in seconds."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        times = [self._host + self._since(at) for _, at in self._events]
+        return tuple(Span(device, self._events[i][0], times[i], times[i + 1]) for i in range(0, len(times), 2))
+
+    def _since(self, at: Any) -> float:
+        return at - self._begun if self._device.type != "cuda" else self._begun.elapsed_time(at) / 1e3
+
+
+class PipelinedStep:
+    """The training step through a pipeline. It remembers of its last call the most activations stored, and if asked the times."""
+
+    def __init__(
+        self, staging: Staging, links: Links, update: Any, options: StepOptions, compile: Callable[[Callable[..., Any]], Any] | None
+    ) -> None:
+        """Take what was made."""
+        self.staging, self.links, self.update, self.options = staging, links, update, options
+        self.functions = staging.functions(parse_remat(options.remat))
+        self.compile, self.watched, self.stored = compile, False, 0
+        self.watch: Watch | None = None
+        self.table: Table | None = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
+        """Take a step, in place."""
+        local, par = tree.map(to_local, state), self.staging.par
+        with torch.no_grad():
+            scale, count = loss_scale(par, local, batch)
+            key = random.bits(random.key("dropout", self.options.seed), local.step)
+            grads, shares = self.gradient(local.params, {**batch, "key": key}, scale)
+            self.options.before_update()
+            metrics = self.update(local, grads, shares, scale * count, count)
+        return state, metrics
+
+    def gradient(self, params: tree.Tree, batch: Batch, scale: Tensor) -> tuple[tree.Tree, Tensor]:
+        """Give gradients at rest (still to be summed over copies) and this device's shares of the losses."""
+        staging = self.staging
+        pieces = staging.pieces(self.functions, batch, self.compile)
+        self.table = table = staging.pipeline.table(batch["tokens"].shape[0])
+        weights = staging.to_stages(params)
+        layers, own, reduce = staging.pipeline.layers, staging.own, staging.par.reduce
+        work = Training(self.functions, pieces, layers, own, weights, batch, scale, reduce)
+        self.watch = Watch(scale.device) if self.watched else None
+        traffic = self.links.open(table, *pieces.embed.shape, scale.device)
+        self.stored = run(table, staging.device, work, traffic, None if self.watch is None else self.watch.mark)
+        return staging.to_rest(work.grads, params), work.shares
+
+
+def make_pipelined_step(
+    model: Model, config: Any, par: Parallel, optimizer: Optimizer, schedule: Schedule, options: StepOptions, pipeline: Pipeline
+) -> PipelinedStep:
+    """Make the step through a pipeline: as `make_step`, with a layout of layers and a table. Every process must call it."""
+    staging = Staging(model, config, par, options.precision, pipeline)
+    settings = inductor_options(options.backend, par.mesh.shape.devices(), par.mesh.device_type, options.overlap)
+    plain = replace(par, rules=replace(par.rules, gather="layer"))  # gradients come back at rest
+    finish = make_update(plain, staging.letters, optimizer, schedule, options)
+    update = finish if options.compile == "none" or not optimizer.compiles else compiled(finish, options.backend)
+    compile = None if options.compile == "none" else lambda fn: compiled(fn, options.backend, options=settings)
+    return PipelinedStep(staging, Links(par.mesh, pipeline.place), update, options, compile)
+
+
+def make_pipelined_evaluate(
+    model: Model, config: Any, par: Parallel, precision: Precision, pipeline: Pipeline
+) -> Callable[[Any, Iterable[Batch]], float]:
+    """Make ``evaluate(params, batches)`` through a pipeline: as `make_evaluate`."""
+    passing = _Passing(model, model.for_evaluation(config), par, precision, pipeline)
+
+    def entropy(params: Any, x: Tensor, batch: Batch) -> Tensor:
+        value = passing.functions.head(params, x, batch)[1]
+        count = batch["weights"].sum() / passing.staging.inner.copies("BS")
+        return torch.stack([value, count.to(value.dtype)])
+
+    def evaluate(params: Any, batches: Iterable[Batch]) -> float:
+        sums: list[Tensor] = []
+        with torch.no_grad():
+            weights: Any = None
+            for batch in batches:
+                weights = passing.stage(params, batch) if weights is None else weights
+                found = passing.run(weights, batch, entropy)
+                zero = torch.zeros(2, dtype=batch["weights"].dtype, device=batch["weights"].device)
+                sums.append(torch.stack([*found, zero]).sum(0).to(zero.dtype))
+            total = psum(torch.stack(sums).sum(0), par.mesh.shape.active(), par.mesh).tolist()
+        return total[0] / total[1]
+
+    return evaluate
+
+
+class _Passing:
+    """Forwards through a pipeline."""
+
+    def __init__(self, model: Model, config: Any, par: Parallel, precision: Precision, pipeline: Pipeline) -> None:
+        self.staging = Staging(model, config, par, precision, pipeline)
+        self.functions = self.staging.functions(Remat("none"))
+        self.links = Links(par.mesh, pipeline.place)
+
+    def stage(self, params: Any, batch: Batch) -> Any:
+        """Give the stages their parameters; the batch says shapes alone."""
+        self.staging.pieces(self.functions, _keyed(batch))
+        return self.staging.to_stages(tree.map(to_local, params))
+
+    def run(self, weights: Any, batch: Batch, finish: Callable[[Any, Tensor, Batch], Tensor]) -> Sequence[Tensor]:
+        """Send micro-batches through; give what ``finish`` made of each where the last stage is, elsewhere nothing."""
+        batch = _keyed(batch)
+        pieces = self.staging.pieces(self.functions, batch)
+        table = forwards(self.staging.pipeline.place, batch["tokens"].shape[0])
+        work = Forward(self.functions, self.staging.pipeline.layers, self.staging.own, weights, batch, finish)
+        run(table, self.staging.device, work, self.links.open(table, *pieces.embed.shape, batch["tokens"].device))
+        return [work.found[i] for i in sorted(work.found)]
+
+
+def _keyed(batch: Batch) -> Batch:
+    return batch if "key" in batch else {**batch, "key": torch.zeros((), dtype=torch.int64, device=batch["tokens"].device)}

@@ -1,0 +1,170 @@
+"""Pipelines run: one device's numbers under every schedule and mesh, nothing computed twice, nothing stored longer than the table says."""
+
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtl import tree
+from mtl.errors import UserError
+from mtl.models import decoder
+from mtl.optim.optimizers import adamw
+from mtl.params import decayed
+from mtl.pipeline.schedules import build
+from mtl.pipeline.stage import split_layers
+from mtl.precision import PRECISIONS
+from mtl.train.pipelined import Pipeline, make_pipelined_step
+from mtl.train.state import init_state
+from mtl.train.step import StepOptions, make_step
+from tests.cases.train import SCHEDULE, batch
+from tests.ranks import Ranks
+from tests.small import LLAMA, MODELS, SEQ
+
+Case = dict[str, Any]
+
+
+def case(model: str, layers: int, micros: int, mesh: dict[str, int], schedule: str, **choices: Any) -> Case:
+    """Spell a case."""
+    return {"model": model, "layers": layers, "micros": micros, "mesh": mesh, "schedule": schedule, **choices}
+
+
+def name(one: Case) -> str:
+    """Name a case in the report."""
+    mesh = "".join(f"{axis}{size}" for axis, size in one["mesh"].items())
+    return "-".join([mesh, *(str(v) for k, v in one.items() if k != "mesh")]).replace(" ", "")
+
+
+PART = [
+    case("llama", 4, 4, {"pipe": 2}, "1f1b"),
+    case("gpt", 9, 6, {"pipe": 4}, "interleaved"),
+    case("alibi", 8, 12, {"pipe": 8}, "gpipe"),
+    case("llama_tied", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_h1", remat="full"),
+    case("mistral", 5, 4, {"pipe": 2, "replica": 2, "context": 2}, "zb_v", remat="selective"),
+    case("falcon", 9, 4, {"pipe": 4, "fsdp": 2}, "interleaved", virtual=2, split=[1, 1, 1, 1, 1, 2, 1, 1]),
+    case("gpt", 4, 3, {"pipe": 2, "fsdp": 2}, "1f1b", rules="zero1"),
+    case("llama", 4, 2, {"pipe": 2}, "zb_v", how="block"),
+]
+"""Every schedule, every kind of mesh, every remat, compiled, uneven and tied at least once."""
+
+MESHES = (
+    [{"pipe": n} for n in (2, 4, 8)]
+    + [{"pipe": 2, "fsdp": 2, "tensor": 2}, {"pipe": 2, "replica": 2, "context": 2}, {"pipe": 4, "fsdp": 2}]
+    + [{"pipe": 2, "context": 2, "tensor": 2}, {"pipe": 2, "replica": 2, "fsdp": 2}]
+)
+FULL = [
+    case(model, 2 * mesh["pipe"] + extra, 8 if mesh["pipe"] == 8 or extra else 4, mesh, schedule, remat=remat)
+    for mesh, schedule, model, remat, extra in itertools.product(
+        MESHES, ("gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"), MODELS, ("none", "selective", "full", "every:2"), (0, 1)
+    )
+    if 24 % ((8 if mesh["pipe"] == 8 or extra else 4) * mesh.get("fsdp", 1) * mesh.get("replica", 1)) == 0
+]
+random.Random(2).shuffle(FULL)
+
+
+def check(ranks: Ranks, references: Path, one: Case) -> None:
+    """Compare a case with one device."""
+    ref = {key: one[key] for key in ("model", "layers", "micros")}
+    path = references / f"pipeline-{'-'.join(str(v) for v in ref.values())}.safetensors"
+    if not path.exists():
+        ranks.run("tests.cases.pipeline:reference", 1, path=str(path), **ref)
+    world = 1
+    for size in one["mesh"].values():
+        world *= size
+    found = ranks.run("tests.cases.pipeline:parity", world, path=str(path), **one)
+    assert found["error"] < 1e-9, found
+    assert found["moved"] > 1e-3, "the reference's loss hardly moved: the comparison proves nothing"
+    assert all(counted == simulated for counted, simulated in found["stored"]), found
+
+
+@pytest.mark.parametrize("one", PART, ids=name)
+def test_pipeline_equals_one_device(ranks: Ranks, references: Path, one: Case) -> None:
+    check(ranks, references, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", FULL, ids=name)
+def test_every_schedule_on_every_mesh(ranks: Ranks, references: Path, one: Case) -> None:
+    check(ranks, references, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "remat"), [("1f1b", "full"), ("zb_h1", "none"), ("interleaved", "selective")])
+def test_compiled_stages_on_a_mesh(ranks: Ranks, references: Path, schedule: str, remat: str) -> None:
+    check(ranks, references, case("gpt", 4, 4, {"pipe": 2, "fsdp": 2}, schedule, remat=remat, how="step"))
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"])
+def test_tensors_live_as_long_as_the_table_says(ranks: Ranks, schedule: str) -> None:
+    """Counted by weak references to what forward saved."""
+    for found in ranks.run("tests.cases.pipeline:all_stored", 2, schedule=schedule, devices=2, micros=5, remat="none"):
+        assert found["most"] == found["counted"] == found["simulated"] > 0 and found["left"] == 0, found
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("remat", ["none", "selective", "full"])
+def test_nothing_is_multiplied_twice(one: Any, remat: str) -> None:
+    """However a stage's backward is split, its products are those of the plain step."""
+    par = one(**decoder.sizes(LLAMA), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ), batch=1)
+    policy, optimizer = PRECISIONS["fp64"], adamw(decayed(decoder.specs(LLAMA)))
+    options, data = StepOptions(policy, remat), batch(par, LLAMA, 0, 1, False, 3)
+    found = {}
+    for schedule in ("plain", "1f1b", "zb_h1"):
+        state = init_state(decoder.specs(LLAMA), par.rules, par.mesh, 0, policy, optimizer)
+        if schedule == "plain":
+            step = make_step(decoder, LLAMA, par, optimizer, SCHEDULE, options)
+        else:
+            table = build(schedule, 1, 3)
+            pipeline = Pipeline(lambda m, t=table: t, split_layers(2, 1, 0, 0), table.place)
+            step = make_pipelined_step(decoder, LLAMA, par, optimizer, SCHEDULE, options, pipeline)
+            step(state, data)  # traced: from now on only what runs is counted
+        with Products() as products:
+            step(state, data)
+        found[schedule] = products.count
+    weights = 7 * LLAMA.layers
+    again = {"none": 0, "selective": 0, "full": weights}[remat]
+    assert found["1f1b"] == found["zb_h1"] <= found["plain"]
+    assert 3 * (3 * (weights + 1) + again - LLAMA.layers) <= found["1f1b"] <= 3 * (3 * (weights + 1) + again), found
+
+
+def test_backward_is_split_in_halves(one: Any) -> None:
+    """Gradients of inputs take one product a weight, gradients of weights the other."""
+    par = one(**decoder.sizes(LLAMA), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ), batch=1)
+    policy, optimizer = PRECISIONS["fp64"], adamw(decayed(decoder.specs(LLAMA)))
+    table = build("zb_h1", 1, 1)
+    pipeline = Pipeline(lambda m: table, split_layers(2, 1, 0, 0), table.place)
+    step: Any = make_pipelined_step(decoder, LLAMA, par, optimizer, SCHEDULE, StepOptions(policy), pipeline)
+    step(init_state(decoder.specs(LLAMA), par.rules, par.mesh, 0, policy, optimizer), batch(par, LLAMA, 0, 1, False, 1))
+    (pieces,) = step.staging.traced.values()
+    (block,) = pieces.blocks.values()
+
+    def products(part: Any) -> int:
+        return sum(node.target is torch.ops.aten.mm.default for node in part.run.graph.nodes)
+
+    assert [products(p) for p in (block.forward, block.inputs, block.weights, block.backward)] == [7, 7, 7, 14]
+    assert [products(p) for p in (pieces.head.forward, pieces.head.inputs, pieces.head.weights)] == [1, 1, 1]
+    assert len(tree.leaves(block.grads)) == len([g for g in block.grads if g is not None]) == 9
+
+
+def test_layers_are_split_so_that_the_slowest_stage_is_fast() -> None:
+    counts = [len(part) for part in split_layers(32, 4, head=2.4, embed=0.1)]
+    assert counts == [8, 9, 9, 6]
+    assert [len(part) for part in split_layers(8, 4, head=0.4, embed=0.1)] == [2, 2, 2, 2]
+    assert split_layers(5, 2, 0, 0, (2, 3)) == ((0, 1), (2, 3, 4))
+    with pytest.raises(UserError, match=r"model\.layers is 3, which do not split over the pipeline's 4 stages"):
+        split_layers(3, 4, 0, 0)
+    for given in ((2, 2), (5, 0), (1, 2, 2)):
+        with pytest.raises(UserError, match=r"pipeline\.layers-per-stage"):
+            split_layers(5, 2, 0, 0, given)
