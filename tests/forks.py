@@ -23,7 +23,7 @@ class Run:
 
     def text(self) -> str:
         """What they have printed."""
-        return self.output.read_text(errors="replace")
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
     def signal(self, number: int, ranks: list[int] | None = None) -> None:
         """Send a signal to some ranks, by default to all."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,14 @@ def inspect(path: str | Path) -> Contents:
     return Contents(path, known, "zarr3", False, True, host, config, beside, found.folder)
 
 
-def structure(contents: Contents) -> tree.Tree:
-    """Give the arrays as nested dicts and lists of `ArrayInfo`, as their keys say."""
+def structure(contents: Contents, leaf: Callable[[ArrayInfo], Any] = lambda info: info) -> tree.Tree:
+    """Give the arrays as nested dicts and lists, as their keys say; ``leaf`` makes the leaves of their `ArrayInfo`."""
     root: dict[Any, Any] = {}
     for info in contents.arrays.values():
         node = root
         for key in info.keys[:-1]:
             node = node.setdefault(key, {})
-        node[info.keys[-1]] = info
+        node[info.keys[-1]] = leaf(info)
     return _lists(root)
 
 

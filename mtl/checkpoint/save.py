@@ -27,6 +27,8 @@ Piece = tuple["PlannedLeaf", Box, Tensor]
 Part = Callable[[str, Box], Tensor]
 """``part(name, (offset, shape))`` gives that box of a leaf, on any device."""
 
+FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
+
 IN_FLIGHT = 512 << 20
 """Bytes that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
 
@@ -64,6 +66,7 @@ def save(
     config: Any = None,
     extra: Mapping[str, Any] | None = None,
     part: Part | None = None,
+    files_of: FilesOf | None = None,
 ) -> None:
     """Save a tree of tensors as one committed checkpoint; every process calls this alike.
 
@@ -72,17 +75,18 @@ def save(
     all of it is committed with the arrays. Nothing is ever overwritten.
 
     With ``part``, leaves may be meta tensors: ``part(name, (offset, shape))`` is called for one box after the other and gives its values,
-    so that a tree larger than memory can be written. In several processes each is asked for its share alone.
+    so that a tree larger than memory can be written. In several processes each is asked for its share alone. ``files_of(name, shape)`` may
+    choose what one file of an array holds, for arrays that are no DTensors.
     """
     path, group = Path(path).absolute(), peers()
-    plan = make_plan(state, group)
+    plan = make_plan(state, group, files_of)
     small = small_files(host, config, extra)
     state = regular(state)
     part = part or part_of(state)
     write_checkpoint(path, plan, small, group, [((leaf, box, part(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine)])
 
 
-def make_plan(state: tree.Tree, group: Peers) -> Plan:
+def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -> Plan:
     """Decide which process writes which box of which leaf: the same plan on every process."""
     entries = tree.keyed(state, empty=True)
     empty = [(keys, x) for keys, x in entries if x is None or (isinstance(x, dict | list | tuple) and not x)]
@@ -100,7 +104,8 @@ def make_plan(state: tree.Tree, group: Peers) -> Plan:
         if x.numel() == 0:
             raise UserError(f"checkpoint leaf {name!r} of shape {tuple(x.shape)} has no elements, which Orbax cannot hold. Leave it out.")
         split = _outermost(geometry.split_of(name, x, group.world))
-        splits.append((split, geometry.file_shape(split, x.dtype.itemsize), x.dtype.itemsize))
+        chosen = files_of(name, tuple(x.shape)) if files_of is not None and not isinstance(x, DTensor) else None
+        splits.append((split, chosen or geometry.file_shape(split, x.dtype.itemsize), x.dtype.itemsize))
     shares = geometry.writers(splits, group.world)
     planned = tuple(
         PlannedLeaf(

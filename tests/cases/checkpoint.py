@@ -161,3 +161,25 @@ def refusal(kind: str, path: str) -> str:
     assert len(set(texts)) == 1, texts
     assert not list(Path(path).parent.glob("*-tmp")), "nothing is left behind"
     return text
+
+
+def deserted(path: str) -> str:
+    """The last process never takes part."""
+    from mtl.checkpoint.peers import peers
+    from mtl.checkpoint.save import make_plan, small_files, write_checkpoint
+
+    if dist.get_rank() < dist.get_world_size() - 1:
+        state = {"w": values((40, 30))}
+        group = peers(timeout=1.0)
+        plan = make_plan(state, group)
+        try:
+            write_checkpoint(Path(path), plan, small_files(None, None, None), group, [])
+        except checkpoint.CheckpointError as error:
+            text = str(error)
+        else:
+            text = "saved"
+    else:
+        text = ""
+    texts = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return str(texts[0])

@@ -1,0 +1,289 @@
+"""Faults and pitfalls: flipped bytes, truncated files, full disks, writers that fail or die, two writers, and what is kept and removed."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtl import checkpoint, tree
+from mtl.checkpoint.background import Saver
+from mtl.checkpoint.files import UNFINISHED, seal, take_lock, unseal
+from mtl.checkpoint.peers import Damaged
+from mtl.checkpoint.store import Keep, Store
+from mtl.checkpoint.verify import find_damage, verify
+from tests.cases.checkpoint import values
+from tests.forks import Forks
+from tests.ranks import Ranks
+from tests.test_resume import STEPS, TINY, until
+
+CASE = "tests.cases.checkpoint:"
+STATE = {"params": {"w": values((700, 900)), "b": values((30,), torch.bfloat16)}, "step": torch.tensor(3)}
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    """Runs without the slow start."""
+    pool = Forks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    """A checkpoint."""
+    checkpoint.save(tmp_path / "3", STATE, host={"step": 3}, config={"a": 1}, extra={"_model/tokenizer.json": b"{}" * 50})
+    return tmp_path / "3"
+
+
+def target() -> Any:
+    """The tree to restore."""
+    return tree.map(lambda x: torch.empty_like(x, device="meta"), STATE)
+
+
+def flip(path: Path, place: int) -> None:
+    """Flip one bit."""
+    data = bytearray(path.read_bytes())
+    data[place % len(data)] ^= 1 << place % 8
+    path.write_bytes(data)
+
+
+def test_every_flipped_bit_is_found_and_named(good: Path, tmp_path: Path) -> None:
+    luck, state = random.Random(0), good / "state"
+    files = sorted(p.relative_to(state) for p in state.rglob("*") if p.is_file())
+    assert len(files) >= 8
+    for i in range(60):
+        copy = tmp_path / f"copy{i}"
+        shutil.copytree(good, copy)
+        file = files[i % len(files)]
+        flip(copy / "state" / file, luck.randrange(1 << 30))
+        with pytest.raises(Damaged) as error:
+            checkpoint.restore(copy, target())
+        named = file.parts[0] if "/c" in f"/{file.parent}" else str(file)
+        assert named in str(error.value), (file, str(error.value))
+        with pytest.raises(Damaged):
+            verify(copy)
+        shutil.rmtree(copy)
+    assert find_damage(good) == find_damage(good) and not find_damage(good).problems
+
+
+def test_a_subset_is_restored_although_another_array_is_damaged(good: Path) -> None:
+    chunk = next(p for p in (good / "state/params.w/c").rglob("*") if p.is_file())
+    flip(chunk, 99)
+    assert checkpoint.restore(good, {"step": torch.empty((), dtype=torch.int64)}, subset=True)["step"] == 3
+    found = find_damage(good)
+    assert [(name, file) for name, file, _ in found.problems] == [("params.w", str(chunk.relative_to(good / "state")))]
+
+
+@pytest.mark.parametrize("file", ["_METADATA", "_mtl.json", "_host.json", "params.w/zarr.json", "params.w/c/0/0", "step/c"])
+@pytest.mark.parametrize("size", [0, 0.5])
+def test_power_loss_as_truncation(file: str, size: float, good: Path, tmp_path: Path) -> None:
+    path = good / "state" / file
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * size)])
+    with pytest.raises(Damaged):
+        checkpoint.restore(good, target())
+    if file in ("_METADATA", "_mtl.json") and size == 0:
+        assert Store(tmp_path).steps() == [], "it is not even listed"
+
+
+def test_other_versions_and_other_folders_are_refused(good: Path, tmp_path: Path) -> None:
+    manifest = unseal(good / "state/_mtl.json")
+    (good / "state/_mtl.json").write_bytes(seal({**manifest, "format_version": 2}))
+    with pytest.raises(checkpoint.CheckpointError, match=r"format version 2; this mtl reads 1. Use a newer mtl"):
+        checkpoint.restore(good, target())
+    (good / "state/_mtl.json").write_text("{not json")
+    with pytest.raises(checkpoint.CheckpointError, match=r"_mtl.json is damaged"):
+        checkpoint.inspect(good)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match="is no checkpoint"):
+        checkpoint.inspect(tmp_path / "empty")
+    with pytest.raises(checkpoint.CheckpointError, match=r"It holds the checkpoints 3: name one"):
+        (good / "state/_mtl.json").write_bytes(seal(manifest))
+        checkpoint.inspect(tmp_path)
+    with pytest.raises(checkpoint.CheckpointError, match="there is no such folder"):
+        checkpoint.inspect(tmp_path / "none")
+
+
+def test_a_write_error_leaves_nothing(tmp_path: Path) -> None:
+    """The operating system refuses files beyond 64 KiB, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(checkpoint.CheckpointError, match=r"File too large|EFBIG|write"):
+            checkpoint.save(tmp_path / "c", {"w": values((700, 900))})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(tmp_path / "c", {"w": values((700, 900))})
+
+
+def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    try:
+        checkpoint.save(disk / "1", STATE)
+        with pytest.raises(checkpoint.CheckpointError, match=r"(?i)no space|exhausted"):
+            checkpoint.save(disk / "2", STATE)
+        assert Store(disk).steps() == [1] and [p.name for p in disk.iterdir()] == ["1"]
+        assert not find_damage(disk / "1").problems
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_two_writers_of_one_place_are_refused(tmp_path: Path) -> None:
+    release = take_lock(tmp_path / ".c.lock", "c")
+    with pytest.raises(ValueError, match="another program is writing"):
+        checkpoint.save(tmp_path / "c", STATE)
+    release()
+    checkpoint.save(tmp_path / "c", STATE)
+
+
+def test_a_process_that_dies_while_saving_fails_the_others(ranks: Ranks, tmp_path: Path) -> None:
+    text = ranks.run(CASE + "deserted", 3, path=str(tmp_path / "c"))
+    assert "process 2 did not report within 1 s" in text and "Nothing was committed" in text
+    assert not (tmp_path / "c").exists()
+
+
+def test_copies_in_waves_and_values_as_they_were(tmp_path: Path) -> None:
+    """With host memory for a part alone, and with the state overwritten as soon as the fence lets it."""
+    state = {f"w{i}": values((300, 400)) + i for i in range(12)} | {"s": torch.tensor(1.5)}
+    want = tree.map(torch.clone, state)
+    for i, memory in enumerate((None, 1 << 20, 1)):
+        saver = Saver(memory)
+        saver.prepare(state)
+        saver.save(tmp_path / str(i), state)
+        saver.fence()
+        for x in state.values():
+            x.fill_(-1)
+        saver.wait()
+        held = sum(s.numel() for s in saver._slabs)
+        assert memory is None or held <= max(memory, 1 << 19), held
+        back = checkpoint.restore(tmp_path / str(i), tree.map(lambda x: torch.empty_like(x, device="meta"), want))
+        assert all(back[k].equal(want[k]) for k in want)
+        state = tree.map(torch.clone, want)
+
+
+def test_a_background_failure_is_told_and_raised_once(tmp_path: Path) -> None:
+    told: list[str] = []
+    saver = Saver(on_failure=told.append)
+    (tmp_path / "c").mkdir()
+    saver.save(tmp_path / "c", STATE)
+    saver.fence()
+    with pytest.raises(checkpoint.CheckpointError, match="exists already"):
+        saver.wait()
+    assert len(told) == 1
+    saver.save(tmp_path / "d", STATE)
+    saver.wait()
+    assert saver.committed == tmp_path / "d" and not find_damage(tmp_path / "d").problems
+
+
+def test_what_stays_and_what_goes(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    losses = {1: 5.0, 2: 1.0, 3: 4.0, 4: None, 5: 3.0, 6: 2.0, 7: 6.0}
+    for step, loss in losses.items():
+        checkpoint.save(store.path(step), {"a": torch.ones(1)}, host={"metrics": {"eval_loss": loss} if loss else {}})
+    (tmp_path / f"9{UNFINISHED}").mkdir()
+    (tmp_path / "8/state").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    assert store.steps() == list(range(1, 8)) and store.latest() == 7
+    assert store.prune(Keep()) == []
+    assert store.prune(Keep(2, 3, 2)) == [1, 4, 5]
+    assert store.steps() == [2, 3, 6, 7], "the best two, every third, and the newest two"
+    assert store.prune(Keep(1)) == [2, 3, 6] and store.steps() == [7]
+    assert store.prune(Keep(1)) == []
+    store.clean()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["7", "8", "notes"]
+
+
+def test_a_damaged_newest_is_passed_over_if_told(forks: Forks, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    straight = forks.start([*TINY, "--checkpoint.every", "3", "--out", str(out)])
+    assert forks.wait(straight) == [0], straight.text()
+    want = (out / "metrics.jsonl").read_text()
+    assert Store(out / "checkpoints").steps() == [3, 6, 8]
+    flip(next(p for p in (out / "checkpoints/8/state/params.embed.weight/c").rglob("*") if p.is_file()), 5)
+    must = forks.start([*TINY, "--resume", "must", "--out", str(out)])
+    assert forks.wait(must) == [2] and "array 'params.embed.weight'" in must.text() and "Traceback" not in must.text()
+    assert (out / "metrics.jsonl").read_text() == want, "nothing was changed"
+    shutil.move(out / "checkpoints/8", tmp_path / "8")
+    (out / "checkpoints/8").mkdir()
+    shutil.rmtree(out / "checkpoints/8")
+    flip(out / "checkpoints/6/state/_host.json", 5)
+    auto = forks.start([*TINY, "--resume", "auto", "--out", str(out)])
+    assert forks.wait(auto) == [0] and "step 6 is damaged" in auto.text() and "resumed after step 3" in auto.text()
+    lines = [[json.loads(line)["loss"] for line in text.splitlines()] for text in (want, (out / "metrics.jsonl").read_text())]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("what", ["stop", "continue"])
+def test_a_failed_save_stops_the_run_or_is_tried_again(what: str, forks: Forks, tmp_path: Path) -> None:
+    """A file lies where step 4 should go."""
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / f"checkpoints/4{UNFINISHED}").write_text("in the way")
+    run = forks.start([*TINY, "--checkpoint.every", "2", "--checkpoint.on-error", what, "--resume", "auto", "--out", str(out)])
+    code = forks.wait(run)
+    assert "The newest good step is 2" in run.text() and "Traceback" not in run.text(), run.text()
+    assert code == ([2] if what == "stop" else [0]), run.text()
+    assert Store(out / "checkpoints").steps() == ([2] if what == "stop" else [2, 6, STEPS])
+
+
+def test_two_runs_cannot_share_a_folder(forks: Forks, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    long = [*TINY, "--train.steps", "100000", "--checkpoint.every", "5", "--checkpoint.keep", "2", "--out", str(out)]
+    first = forks.start(long)
+    until(first, out, 10)
+    second = forks.start([*long, "--resume", "auto"])
+    assert forks.wait(second) == [2] and "another program is writing" in second.text(), second.text()
+    first.signal(signal.SIGUSR1)
+    assert forks.wait(first) == [0], first.text()
+    store = Store(out / "checkpoints")
+    assert len(store.steps()) <= 3 and f"after step {store.latest()}" in first.text()
+
+
+def test_a_second_signal_leaves_the_old_one_intact(forks: Forks, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = forks.start([*TINY, "--train.steps", "100000", "--checkpoint.every", "5", "--out", str(out)])
+    until(run, out, 5)
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        run.signal(number)
+        time.sleep(0.02)
+    assert forks.wait(run) == [0], run.text()
+    assert all(not find_damage(Store(out / "checkpoints").path(s)).problems for s in Store(out / "checkpoints").steps()[-2:])
+
+
+def test_a_signal_during_the_slow_imports_saves_the_first_state(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = ["python", "experiments/pretrain.py", *TINY, "--out", str(out)]
+    run = subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(0.4)
+    run.send_signal(signal.SIGTERM)
+    text, _ = run.communicate(timeout=120)
+    assert run.returncode == 0 and "stopped by SIGTERM after step 0" in text, text
+    assert Store(out / "checkpoints").steps() == [0]
+
+
+def test_a_signal_during_compilation_does_not_wait_for_it(tmp_path: Path, forks: Forks) -> None:
+    """The first step compiles for many seconds; the state before it is saved within two of them."""
+    out = tmp_path / "run"
+    run = forks.start([*TINY, "--compile", "step", "--model.layers", "8", "--out", str(out)])
+    end = time.monotonic() + 60
+    while "mesh one device" not in run.text() and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    begun = time.monotonic()
+    run.signal(signal.SIGTERM)
+    assert forks.wait(run) == [0], run.text()
+    assert time.monotonic() - begun < 20 and "after step 0" in run.text()
