@@ -13,6 +13,7 @@ from mtl import checkpoint, params, tree
 from mtl.checkpoint.contents import Contents
 from mtl.errors import UserError
 from mtl.models import decoder
+from mtl.models.grow import grow
 from mtl.models.hf.files import CONFIG
 from mtl.models.hf.load import Model, load_params, open_model
 from mtl.optim.transforms import Optimizer
@@ -37,8 +38,8 @@ class Start(NamedTuple):
     beside: Mapping[str, bytes]
 
     def state(self, specs: tree.Tree, rules: Rules, mesh: Mesh, precision: Precision, optimizer: Optimizer) -> TrainState:
-        """Make the state of step 0: these parameters, a fresh optimizer."""
-        return start_state(self.load(rules, mesh, precision.param), mesh, precision, optimizer)
+        """Make the state of step 0: these parameters, grown where the run's vocabulary is larger, and a fresh optimizer."""
+        return start_state(grow(self.load(rules, mesh, precision.param), specs, rules, mesh), mesh, precision, optimizer)
 
 
 def open_start(text: str) -> Start:

@@ -240,13 +240,14 @@ def run(
     if pipeline is not None:
         log.say("pipeline " + ", ".join(f"{name} {value}" for name, value in pipelining.described(setup, pipeline).items()))
     batches = BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len)
+    length = work_length(work, par, train.seq_len)
 
     def batch(i: int) -> Any:
-        shape = batches if work.length is None else dataclasses.replace(batches, seq_len=work.length(i))
+        shape = dataclasses.replace(batches, seq_len=length(i))
         return batch_at(par, work.train, i * train.global_batch_size, shape, precision.param)
 
     hooks = [
-        measured(setup, specs, at, work.length),
+        measured(setup, specs, at, length),
         evaluated(setup, par, precision, work, pipeline),
         lambda i, state, record: log.write(tidy(record)),
         timing.hook(folder, at.rank == 0),
@@ -260,7 +261,7 @@ def run(
         keeper.settle()
         log.close()
     log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl, checkpoints)")
-    log.say(f"next: {work.following}")
+    log.say(f"next: {work.following.replace('RUN', str(folder))}")
     return state
 
 
@@ -268,6 +269,14 @@ def resolved(rules: Rules, shape: MeshShape, precision: Precision) -> dict[str, 
     """Say what the automatic choices came to."""
     tables = {name: dict(getattr(rules, name)) for name in ("store", "compute", "act")}
     return {"rules": rules.name, **tables, "gather": rules.gather, "order": rules.order, "mesh": shape.sizes(), "precision": precision.name}
+
+
+def work_length(work: Work, par: Parallel, seq_len: int) -> Callable[[int], int]:
+    """Give the length of each step's sequences, divisible by the pieces that the rules cut them into."""
+    if (length := work.length) is None:
+        return lambda i: seq_len
+    pieces = math.lcm(*(par.mesh.size(par.axes(letter)) for letter in "RSQT")) * (2 if par.rules.order == "zigzag" else 1)
+    return lambda i: length(i, pieces)
 
 
 def by_length(par: Parallel, make: Callable[[Parallel], Any]) -> Any:
@@ -284,15 +293,13 @@ def by_length(par: Parallel, make: Callable[[Parallel], Any]) -> Any:
     return step
 
 
-def measured(
-    setup: Experiment, specs: Any, at: process.Place, length: Callable[[int], int] | None
-) -> Callable[[int, Any, dict[str, Any]], None]:
+def measured(setup: Experiment, specs: Any, at: process.Place, length: Callable[[int], int]) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that adds speed and memory."""
     peak = peak_flops(at.device)
     flops = {name: flops_per_token(specs, setup.model, setup.train.seq_len, name == "mfu") for name in ("mfu", "mfu_full_attention")}
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
-        rate = setup.train.global_batch_size * (length(i - 1) if length else setup.train.seq_len) / record["step_time"] / at.world
+        rate = setup.train.global_batch_size * length(i - 1) / record["step_time"] / at.world
         record["tokens_per_second_per_device"] = rate
         record |= {name: None if peak is None else rate * count / peak for name, count in flops.items()}
         record["peak_memory_gib"] = peak_memory_gib(at.device)

@@ -17,8 +17,8 @@ class Work(NamedTuple):
     """Held-out samples that an evaluation may read."""
     said: tuple[str, ...] = ()
     """Lines about the data, shown at the start."""
-    length: Callable[[int], int] | None = None
-    """Tokens a sample in step i (from 0), where that is not train.seq-len."""
+    length: Callable[[int, int], int] | None = None
+    """``length(i, multiple)``: tokens a sample in step i (from 0), where that is not train.seq-len; divisible as the mesh needs it."""
     begin: Callable[..., Any] | None = None
     """``begin(specs, rules, mesh, precision, optimizer)``: the state to start from, where it is not a fresh one."""
     byte_tokens: bool = False
@@ -29,7 +29,7 @@ class Work(NamedTuple):
     """The tokens that end that text."""
     decode: Callable[[list[int]], str] = str
     following: str = ""
-    """The command to try next."""
+    """The command to try next; RUN stands for the run's folder."""
     beside: Mapping[str, bytes] = MappingProxyType({})
     """Files that every checkpoint of the run carries on."""
 
