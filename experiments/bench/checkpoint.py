@@ -1,0 +1,215 @@
+"""Time saves and restores beside torch.distributed.checkpoint and safetensors: `python experiments/bench/checkpoint.py --mode alone`."""
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from mtl import checkpoint, tree
+from mtl.checkpoint.background import Saver
+from mtl.runtime import process
+from mtl.sharding.mesh import MeshShape, make_mesh
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What to time: one process (alone), rows to columns on all ranks of torchrun (ranks), or the blocking of a step loop (gpu)."""
+
+    mode: Literal["alone", "ranks", "gpu"] = "alone"
+    folders: tuple[Path, ...] = (Path("bench-checkpoint"), Path("/dev/shm/bench-checkpoint"))
+    """Where to write: a disk, and memory."""
+    gib: float = 4.0
+    """The state: over all ranks; in gpu mode a rank's."""
+    repeats: int = 3
+    threads: tuple[int, ...] = (1, 2, 4, 8)
+    """The thread counts of torch.distributed.checkpoint that are tried; the best counts."""
+    step_seconds: float = 1.0
+    """gpu mode: how long a step should take."""
+
+
+def main() -> None:
+    """Run one mode and print a table."""
+    bench = tyro.cli(Bench, args=process.command_line())
+    at = process.place()
+    with process.process_group(at):
+        for folder in bench.folders if bench.mode != "gpu" else bench.folders[:1]:
+            if at.rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            dist.barrier()
+            rows = {"alone": alone, "ranks": ranks, "gpu": gpu}[bench.mode](bench, folder, at)
+            if at.rank == 0:
+                print(f"{folder}, {bench.gib:g} GiB, {at.world} process(es), torch {torch.__version__}, best of {bench.repeats}")
+                for row in rows:
+                    print("  " + row, flush=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
+    """Time one process: save and restore, every program in turn, several times over."""
+    state = make_state(bench.gib)
+    blank = tree.map(torch.zeros_like, state)
+    meta = tree.map(lambda x: torch.empty_like(x, device="meta"), state)
+
+    def dcp_save(n: int) -> Callable[[Path], Any]:
+        return lambda path: save(state, storage_writer=FileSystemWriter(path, thread_count=n, sync_files=True), no_dist=True)
+
+    def dcp_load(path: Path) -> Any:
+        load(blank, storage_reader=FileSystemReader(path), no_dist=True)
+
+    def plain_save(path: Path) -> None:
+        save_file(state, path)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+    programs: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+        "mtl (crc32c written and verified)": (lambda p: checkpoint.save(p, state), lambda p: checkpoint.restore(p, meta)),
+        **{f"dcp, {n} threads": (dcp_save(n), dcp_load) for n in bench.threads},
+        "safetensors": (plain_save, lambda p: tree.map(torch.clone, load_file(p))),
+    }
+    best: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
+    work: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
+    for _ in range(bench.repeats):
+        for name, actions in programs.items():
+            path = folder / "c"
+            for i, action in enumerate(actions):
+                begun, used = time.perf_counter(), time.process_time()
+                action(path)
+                best[name][i] = min(best[name][i], time.perf_counter() - begun)
+                work[name][i] = min(work[name][i], time.process_time() - used)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    fastest = [min(t[i] for name, t in best.items() if name.startswith("dcp")) for i in range(2)]
+    return [
+        f"{name:36} save {s:6.2f} s ({fastest[0] / s:4.2f} x dcp's best)   restore {r:6.2f} s ({fastest[1] / r:4.2f} x)"
+        f"   processor time {work[name][0]:.2f} and {work[name][1]:.2f} s"
+        for name, (s, r) in best.items()
+    ]
+
+
+def ranks(bench: Bench, folder: Path, at: process.Place) -> list[str]:
+    """Time a restore whose layout crosses the saved one: rows on disk, columns in memory."""
+    mesh = make_mesh(MeshShape(fsdp=at.world), "cpu").device_mesh
+    side = 1 << (int(math.log2(bench.gib * 2**30 / 4)) // 2)
+    count = max(1, round(bench.gib * 2**30 / 4 / side**2))
+    rows = {f"w{i}": DTensor.from_local(torch.randn(side // at.world, side), mesh, [Shard(0)], run_check=False) for i in range(count)}
+    blank = {n: DTensor.from_local(torch.zeros(side, side // at.world), mesh, [Shard(1)], run_check=False) for n in rows}
+    need = sum(x.to_local().nbytes for x in blank.values())
+    programs: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+        "mtl": (lambda p: checkpoint.save(p, rows), lambda p: checkpoint.restore(p, blank)),
+        **{
+            f"dcp, {n} threads": (
+                lambda p, n=n: save(rows, storage_writer=FileSystemWriter(p, thread_count=n)),
+                lambda p: load(blank, storage_reader=FileSystemReader(p)),
+            )
+            for n in bench.threads[:1]
+        },
+    }
+    found: list[str] = []
+    for name, (put, get) in programs.items():
+        saved, loaded, read = math.inf, math.inf, 0
+        for _ in range(bench.repeats):
+            saved = min(saved, together(lambda: put(folder / "c")))  # noqa: B023 (called at once)
+            before = bytes_read()
+            loaded = min(loaded, together(lambda: get(folder / "c")))  # noqa: B023
+            read = bytes_read() - before
+            if at.rank == 0:
+                shutil.rmtree(folder / "c")
+            dist.barrier()
+        most = torch.tensor(read / need)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        found.append(f"{name:18} save {saved:6.2f} s   rows to columns {loaded:6.2f} s, at most {most.item():.2f} x the bytes needed")
+    return found
+
+
+def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
+    """Time steps with and without a save under way, and how long the loop waits at the fence."""
+    mesh = make_mesh(MeshShape(fsdp=at.world), at.device.type).device_mesh
+    each = 1 << 28  # elements: 1 GiB of float32
+    leaves = max(1, round(bench.gib))
+    parts = {f"w{i}": torch.randn(1 << 14, each >> 14, device=at.device) for i in range(leaves)}
+    state = {name: DTensor.from_local(x, mesh, [Shard(0)], run_check=False) for name, x in parts.items()}
+    state["step"] = DTensor.from_local(torch.zeros((), device=at.device), mesh, [Replicate()], run_check=False)
+    x = torch.randn(8192, 8192, device=at.device, dtype=torch.bfloat16)
+    products, saver = 1, Saver()
+    saver.prepare(state)
+
+    def step() -> tuple[float, float]:
+        begun = time.perf_counter()
+        y = x
+        for _ in range(products):
+            y = (y @ x).mul_(1e-2)
+        waiting = time.perf_counter()
+        saver.fence()
+        waited = time.perf_counter() - waiting
+        for leaf in state.values():
+            leaf.to_local().add_(0.0)
+        y.sum().item()
+        return time.perf_counter() - begun, waited
+
+    step()
+    products = max(1, int(bench.step_seconds / step()[0]))
+    quiet = [step()[0] for _ in range(10)]
+    found: list[str] = []
+    for i in range(bench.repeats):
+        dist.barrier()
+        begun = time.perf_counter()
+        saver.save((folder / str(i)).absolute(), state)
+        call = time.perf_counter() - begun
+        busy: list[tuple[float, float]] = []
+        while saver.busy():
+            busy.append(step())
+        saver.wait()
+        whole = time.perf_counter() - begun
+        usual = sorted(quiet)[len(quiet) // 2]
+        late = sum(t for t, _ in busy[1:]) / max(len(busy) - 1, 1) / usual - 1
+        first = busy[0][0] - usual + call if busy else call
+        found.append(
+            f"save {i}: call {call:.3f} s, fence {max((w for _, w in busy), default=0):.3f} s, first step later by {first:.3f} s, "
+            f"steps while writing slower by {100 * late:.1f} %, on the disk after {whole:.1f} s (a step takes {usual:.3f} s)"
+        )
+        if at.rank == 0:
+            shutil.rmtree(folder / str(i))
+        dist.barrier()
+    return found
+
+
+def make_state(gib: float) -> dict[str, torch.Tensor]:
+    """Make a model's worth of tensors: few large ones, many small ones."""
+    torch.manual_seed(0)
+    state = {f"norm{i}": torch.randn(4096) for i in range(64)}
+    shapes = [(4096, 14336), (4096, 4096), (14336, 4096), (32, 1024, 1024)]
+    while (left := gib * 2**30 - sum(x.nbytes for x in state.values())) > 4 * 4096 * 4096:
+        shape = next(s for s in shapes[len(state) % 4 :] + shapes if 4 * math.prod(s) <= left)
+        state[f"w{len(state)}"] = torch.randn(shape)
+    return state
+
+
+def together(action: Callable[[], Any]) -> float:
+    """Time an action of all ranks, from the first to start to the last to end."""
+    dist.barrier()
+    begun = time.perf_counter()
+    action()
+    dist.barrier()
+    return time.perf_counter() - begun
+
+
+def bytes_read() -> int:
+    """Count what this process has read from files."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+if __name__ == "__main__":
+    process.guarded(main)
