@@ -4,6 +4,7 @@ Every pair of devices has a channel for each direction. On it messages go in the
 that order, so nothing is negotiated and no send waits for a receive that is posted after it.
 """
 
+import re
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -147,4 +148,4 @@ class Traffic:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    return re.sub(r"^\[/\S*\] ", "", str(error).strip()).partition(". ")[0].partition("\n")[0][:200]

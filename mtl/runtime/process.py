@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -12,8 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mtl.errors import UserError
+from mtl.errors import PeerLost, UserError
 
+_LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport|remote process exited|ncclRemoteError|NCCL communicator was aborted")
 BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
 
 
@@ -104,7 +106,8 @@ def guarded(main: Callable[[], None]) -> None:
     """Run a program and end the process.
 
     A UserError prints one message (on rank 0) and ends with code 2; any other error prints its trace and ends with 1. No rank is left
-    waiting: a failing process leaves without tearing the process group down, and torchrun stops the others.
+    waiting: a failing process leaves without tearing the process group down, and torchrun stops the others. Where a process is gone, the
+    others find their connections to it closed: one of them says so, unless the process itself did.
     """
     rank = place_rank()
     try:
@@ -116,9 +119,31 @@ def guarded(main: Callable[[], None]) -> None:
         leave_together(2)
     except KeyboardInterrupt:
         _leave(130)
-    except Exception:
+    except Exception as error:
+        if lost_peer(error):
+            time.sleep(1)  # so that a process that knows what happened speaks first
+            if _first_to_speak():
+                why = re.sub(r"^\[/\S*\] ", "", str(error)).partition(". ")[0][:200]
+                text = str(error) if isinstance(error, PeerLost) else f"another process of the run is gone ({why})."
+                print(f"\nerror: {text} All processes end; what the run has saved stays.", file=sys.stderr, flush=True)
+            _leave(1)
+        _first_to_speak()
         print(f"\nerror on rank {rank}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         _leave(1)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Tell whether an error is the end of a connection to another process."""
+    return isinstance(error, PeerLost | dist.DistNetworkError) or (isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None)
+
+
+def _first_to_speak() -> bool:
+    """Ask the store whether no process of this run has printed an error yet; without an answer, yes."""
+    try:
+        store: dist.Store = dist.distributed_c10d._get_default_store()  # pyright: ignore
+        return store.add("mtl/errors", 1) == 1
+    except (RuntimeError, ValueError):
+        return True
 
 
 def command_line() -> list[str]:
