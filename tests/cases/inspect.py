@@ -1,17 +1,30 @@
 """What ranks really hold, to hold layouts and plans against."""
 
+import collections
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharding_rules
+from experiments.planning import Job, record
 from mtl import tree
 from mtl.models import decoder
-from mtl.params import init
+from mtl.optim.optimizers import adamw
+from mtl.params import decayed, init
+from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import make_mesh
+from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
-from tests.small import MESHES, MODELS
+from mtl.train.state import init_state
+from mtl.train.step import StepOptions, make_step
+from tests.cases.train import SCHEDULE, batch
+from tests.small import BATCH, MESHES, MODELS, SEQ
 
 
 def local_shapes(table: str, world: int, model: str) -> list[dict[str, list[int]]]:
@@ -22,3 +35,85 @@ def local_shapes(table: str, world: int, model: str) -> list[dict[str, list[int]
     every: list[Any] = [None] * world
     dist.all_gather_object(every, mine)
     return every
+
+
+class Tally(TorchDispatchMode):
+    """Count what reaches the device while a step runs, compiled or not: written apart from the planner's recorder."""
+
+    def __init__(self, axes_of: dict[str, str]) -> None:
+        super().__init__()
+        self.axes_of = axes_of
+        self.times: collections.Counter[str] = collections.Counter()
+        self.bytes: collections.Counter[str] = collections.Counter()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func.overloadpacket
+        if packet in (torch.ops.aten.mm, torch.ops.aten.bmm):
+            self.times["matmul"] += 1
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
+        for op in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single"):
+            if packet is getattr(torch.ops._c10d_functional, op):
+                key = f"{op} {self.axes_of[args[-1]]}"
+                self.times[key] += 1
+                self.bytes[key] += max(args[0].nbytes, out.nbytes)
+        return out
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+
+def step_counts(table: str, world: int, model: str, remat: str, how: str, micros: int = 1, layers: int = 3) -> dict[str, Any]:
+    """Run two whole steps on real ranks and count the second; in compiled modes, what the captured graphs run."""
+    job = job_of(table, world, model, remat, how, micros, layers)
+    graphs = collections.Counter[str]()
+
+    def keep(graph: Any, _: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            graphs["runs"] += 1
+            return graph.forward(*inputs)
+
+        return make_boxed_func(run)
+
+    options = replace(job.options, backend=aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition))
+    par = Parallel(make_mesh(job.mesh, "cpu"), job.rules, job.sizes, job.options.precision.reduce)
+    specs = decoder.specs(job.config)
+    state = init_state(specs, job.rules, par.mesh, 0, options.precision, job.optimizer)
+    step = make_step(decoder, job.config, par, job.optimizer, job.schedule, options)
+    data = batch(par, job.config, 0, job.rows(), False)
+    state, _ = step(state, data)
+    warm = graphs["runs"]
+    tally = Tally({name: "+".join(axes) for axes, name in par.mesh.groups.items()})
+    with tally:
+        step(state, data)
+    assert graphs["runs"] == 2 * warm, "the counted step ran the captured graphs"
+    assert (warm > 0) == (how != "none")
+    return {"times": dict(tally.times), "bytes": dict(tally.bytes), "flops": tally.flops}
+
+
+def job_of(table: str, world: int, model: str, remat: str, how: str, micros: int = 1, layers: int = 3) -> Job:
+    """Describe a small step in float64 on the CPU."""
+    config, rules, shape = replace(MODELS[model], layers=layers), sharding_rules.load(table), MESHES[table][world]
+    rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    names = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ)
+    sizes = {**decoder.sizes(config), **names, "batch": BATCH // micros}
+    assert BATCH % (rows * micros) == 0
+    options = StepOptions(PRECISIONS["fp64"], remat, how, clip=0.5)
+    return Job(config, rules, shape, sizes, options, adamw(decayed(decoder.specs(config))), SCHEDULE, micros, "cpu")
+
+
+def planned_counts(table: str, world: int, model: str, remat: str, how: str, micros: int = 1, layers: int = 3, device: int = 0) -> Any:
+    """Plan the same step without ranks, in the words of `step_counts`."""
+    found = record(job_of(table, world, model, remat, how, micros, layers), device).total()
+    words = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
+
+    def spell(values: Any) -> dict[str, int]:
+        spelled: collections.Counter[str] = collections.Counter()
+        for (name, axes), n in values.items():
+            spelled[f"{words.get(name.replace('permute', 'all_to_all'), name)} {'+'.join(axes)}"] += n
+        return dict(spelled)
+
+    times = {**spell(found.times), "matmul": found.matmuls}
+    return {"times": times, "bytes": spell(found.bytes), "flops": found.matmul_flops}

@@ -1,0 +1,232 @@
+"""What a run's step does, recorded on tensors without memory: the run's own loss, gradient and update, seen from one device of its mesh."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mtl import params, tree
+from mtl.inspect.count import Counts, count, extrapolate, needed, total
+from mtl.inspect.mesh import planned_mesh
+from mtl.inspect.record import Recorder, Trace
+from mtl.models import decoder
+from mtl.optim.schedules import Schedule
+from mtl.optim.transforms import Optimizer
+from mtl.params import layouts
+from mtl.sharding.layout import box
+from mtl.sharding.mesh import MeshShape
+from mtl.sharding.parallel import Parallel
+from mtl.sharding.rules import Rules
+from mtl.train.gradient import gather_weights, value_and_grad
+from mtl.train.loss import make_loss, parse_remat
+from mtl.train.state import TrainState
+from mtl.train.step import StepOptions, loss_scale, make_update
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training step on one mesh: what a plan is made for. ``sizes`` are those of `Parallel`; ``kind`` is cpu, or meta for a GPU."""
+
+    config: decoder.Config
+    rules: Rules
+    mesh: MeshShape
+    sizes: Mapping[str, int]
+    options: StepOptions
+    optimizer: Optimizer
+    schedule: Schedule
+    micro_batches: int
+    kind: str = "meta"
+
+    def parallel(self, device: int = 0) -> Parallel:
+        """Stand on one device of the mesh."""
+        return Parallel(planned_mesh(self.mesh, device, self.kind), self.rules, self.sizes, self.options.precision.reduce)
+
+    def rows(self) -> int:
+        """Count the samples that a device takes through the model at once."""
+        return self.sizes["batch"] // math.prod(getattr(self.mesh, axis) for axis in self.rules.act["batch"])
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of a step: ``few`` and ``more`` are the gradient of models with few layers and a round of layers more."""
+
+    gather: Trace
+    few: Trace
+    more: Trace
+    rounds: int
+    update: Trace
+    micro_batches: int
+    compile: str
+
+    def counts(self) -> dict[str, Counts]:
+        """Count each part of a step: what is gathered once, the gradients of all micro-batches, the update."""
+        few, more = (count(useful(t, self.compile)) for t in (self.few, self.more))
+        gradient = extrapolate(few, more, self.rounds)
+        update = count(useful(self.update, self.compile))
+        return {"gather": count(self.gather.ops), "gradient": Counts().plus(gradient, self.micro_batches), "update": update}
+
+    def total(self) -> Counts:
+        """Count the step."""
+        return total(list(self.counts().values()))
+
+
+def useful(trace: Trace, how: str) -> list[Any]:
+    """List the operations that run: all in eager mode; a compiled graph drops those whose results nothing uses."""
+    if how == "none":
+        return trace.ops
+    return needed(trace)
+
+
+class Watched:
+    """A model whose parts say in a record where they are."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder, self.calls = recorder, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(decoder, name)
+
+    def embed(self, *args: Any) -> Any:
+        with self.recorder.scoped("embed"):
+            return decoder.embed(*args)
+
+    def block(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        scope = "block" if self.recorder.scope != "backward" else "again"
+        with self.recorder.scoped(scope, self.calls - 1):
+            return decoder.block(*args, **kwargs)
+
+    def head(self, *args: Any) -> Any:
+        with self.recorder.scoped("head"):
+            return decoder.head(*args)
+
+
+def record(job: Job, device: int = 0) -> Records:
+    """Record a step as one device runs it. Layers are equal, so two short models tell what any number of layers does."""
+    period = parse_remat(job.options.remat).every
+    layers = job.config.layers
+    first = (layers - 1) % period + 1
+    more = min(first + period, layers) if layers > first else first
+    rounds = 0 if more == first else (layers - first) // period
+    few = record_gradient(job, first, device)
+    return Records(
+        record_gather(job, device), few, record_gradient(job, more, device) if rounds else few, rounds, record_update(job, device),
+        job.micro_batches, job.options.compile,
+    )  # fmt: skip
+
+
+def record_gradient(job: Job, layers: int, device: int = 0) -> Trace:
+    """Record the gradient of one micro-batch for a model of so many layers."""
+    par, precision = job.parallel(device), job.options.precision
+    config = dataclasses.replace(job.config, layers=layers)
+    par = dataclasses.replace(par, sizes={**par.sizes, "layers": layers})
+    recorder = Recorder()
+    model: Any = Watched(recorder)
+    with _world(job.kind) as make:
+        loss = make_loss(model, config, par, precision, parse_remat(job.options.remat))
+
+        def watched(weights: Any, batch: Any) -> Any:
+            out = loss(weights, batch)
+            recorder.scope = "backward"
+            return out
+
+        weights = local_params(job, config, par, "compute" if par.rules.gather == "step" else "store", make)
+        batch = local_batch(job, par, make)
+        scale = make((), precision.param)
+        gradient = value_and_grad(watched, "block" if job.options.compile == "block" else "none", None)
+        with recorder:
+            recorder.label("weights", weights)
+            recorder.label("batch", {**batch, "scale": scale})
+            grads, shares = gradient(weights, batch, scale)
+            recorder.label("gradients", grads, outputs=True)
+            recorder.label("shares", shares, outputs=True)
+            recorder.sweep()
+    return recorder.trace
+
+
+def record_gather(job: Job, device: int = 0) -> Trace:
+    """Record what happens once a step before the gradients: weights that the rules gather whole, and the count of tokens."""
+    par, precision = job.parallel(device), job.options.precision
+    letters = tree.map(lambda s: s.axes, decoder.specs(job.config))
+    recorder = Recorder()
+    with _world(job.kind) as make, torch.no_grad():
+        state, batch = local_state(job, par, make), local_batch(job, par, make)
+        with recorder:
+            recorder.label("params", state.params)
+            loss_scale(par, state, batch)
+            recorder.label("weights", gather_weights(par, letters, state.params, precision.compute), outputs=True)
+            recorder.sweep()
+    return recorder.trace
+
+
+def record_update(job: Job, device: int = 0) -> Trace:
+    """Record the second half of a step: gradients summed over devices, clipped, and the state written."""
+    par, precision = job.parallel(device), job.options.precision
+    specs = decoder.specs(job.config)
+    letters = tree.map(lambda s: s.axes, specs)
+    recorder = Recorder()
+    with _world(job.kind) as make, torch.no_grad():
+        state = local_state(job, par, make)
+        whole = par.rules.gather == "step"
+        grads = local_params(job, job.config, par, "compute" if whole else "store", make)
+        if job.micro_batches > 1:
+            grads = tree.map(lambda g: g.to(torch.promote_types(g.dtype, par.reduce)), grads)
+        update = make_update(par, letters, job.optimizer, job.schedule, job.options)
+        with recorder:
+            recorder.label("params", state.params)
+            recorder.label("optimizer", state.opt_state)
+            recorder.label("gradients", grads)
+            metrics = update(
+                state, grads, make((job.micro_batches, 2), precision.param), make((), precision.param), make((), precision.param)
+            )
+            recorder.label("metrics", metrics, outputs=True)
+            recorder.label("state", state, outputs=True)
+            del grads
+            recorder.sweep()
+    return recorder.trace
+
+
+def local_params(job: Job, config: decoder.Config, par: Parallel, table: str, make: Any) -> Any:
+    """Make one device's parameters, at rest or gathered for the step, without memory."""
+    specs, precision = decoder.specs(config), job.options.precision
+    dtype = precision.param if table == "store" else precision.compute
+
+    def one(spec: params.ParamSpec, layout: Any) -> Any:
+        shape = box(spec.shape, layout, par.mesh)[1]
+        return make(shape, dtype)
+
+    return tree.map(one, specs, layouts(specs, job.rules, job.mesh, table))
+
+
+def local_state(job: Job, par: Parallel, make: Any) -> TrainState:
+    """Make one device's train state without memory."""
+    held = local_params(job, job.config, par, "store", make)
+    opt_state: dict[str, Any] = {"optimizer": job.optimizer.init(held)}
+    if job.options.precision.scaled:
+        opt_state["loss_scale"] = {"scale": make((), torch.float32), "good_steps": make((), torch.float32)}
+    return TrainState(make((), torch.int64), held, opt_state)
+
+
+def local_batch(job: Job, par: Parallel, make: Any) -> dict[str, Any]:
+    """Make one device's micro-batch without memory."""
+    rows = job.rows()
+    seq = job.sizes["seq"] // par.mesh.size(par.axes("S"))
+    batch = {name: make((rows, seq), torch.int64) for name in ("tokens", "targets", "positions")}
+    batch["weights"] = make((rows, seq), job.options.precision.param)
+    return {**batch, "rows": make((rows,), torch.int64), "slots": make((seq,), torch.int64), "key": make((), torch.int64)}
+
+
+@contextlib.contextmanager
+def _world(kind: str) -> Any:
+    """Give what makes tensors without memory: fake ones where the plan is for a CPU, so that its own kernels are chosen, else meta."""
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=kind)
+
+    with FakeTensorMode() if kind == "cpu" else contextlib.nullcontext():
+        yield make

@@ -1,0 +1,71 @@
+"""What an operation is and how much it computes, from its name and the shapes it is given."""
+
+from collections.abc import Mapping
+from typing import Any
+
+MATMULS = ("mm", "bmm", "addmm", "baddbmm")
+REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "logsumexp", "var_mean", "native_layer_norm", "native_layer_norm_backward", "prod")
+OPAQUE = (
+    "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",
+    "scatter", "cumsum", "sort",
+)  # fmt: skip
+_COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single")
+
+
+def kind_of(name: str, makes: bool) -> str:
+    """Say what sort of operation this is: matmul, attention, collective, wait, view, reduction, opaque or pointwise."""
+    if name in MATMULS:
+        return "matmul"
+    if "attention" in name:
+        return "attention"
+    if name in _COLLECTIVES:
+        return "collective"
+    if name == "wait_tensor":
+        return "wait"
+    if name in REDUCTIONS:
+        return "reduction"
+    if name in OPAQUE:
+        return "opaque"
+    return "pointwise" if makes or name.endswith("_") else "view"
+
+
+def matmul_shape(name: str, args: Any) -> tuple[int, ...]:
+    """Give (batch, m, n, k) of a matrix product; () for anything else."""
+    if name not in MATMULS:
+        return ()
+    a, b = (args[1], args[2]) if name in ("addmm", "baddbmm") else (args[0], args[1])
+    batch = a.shape[0] if a.dim() == 3 else 1
+    return (batch, a.shape[-2], b.shape[-1], a.shape[-1])
+
+
+def attention_flops(name: str, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """Count a fused attention's operations: two products forward, five backward, over the pairs that its mask lets see each other."""
+    if "attention" not in name:
+        return 0
+    backward = "backward" in name
+    tensors = args[1:] if backward else args
+    q, k = tensors[0], tensors[1]
+    if name.startswith("_flash_attention"):  # [B, S, H, K], with windows
+        batch, queries, heads, head = q.shape
+        keys = k.shape[1]
+        left, right = kwargs.get("window_size_left", -1), kwargs.get("window_size_right", -1)
+        pairs = band(queries, keys, left, right)
+    else:  # [B, H, S, K], causal or not
+        batch, heads, queries, head = q.shape
+        keys = k.shape[2]
+        flag = {"_scaled_dot_product_cudnn_attention": 6, "_scaled_dot_product_cudnn_attention_backward": 14,
+                "_scaled_dot_product_flash_attention_for_cpu": 4, "_scaled_dot_product_flash_attention_for_cpu_backward": 7}.get(name)  # fmt: skip
+        causal = flag is not None and len(args) > flag and bool(args[flag])  # defaults are left out
+        pairs = queries * (queries + 1) // 2 if causal else queries * keys
+    return (10 if backward else 4) * batch * heads * head * pairs
+
+
+def band(queries: int, keys: int, left: int, right: int) -> int:
+    """Count the pairs of a window, counted from the lower right corner of the score matrix; -1 is no limit."""
+    shift = keys - queries
+    total = 0
+    for i in range(queries):
+        low = 0 if left < 0 else max(0, i + shift - left)
+        high = keys - 1 if right < 0 else min(keys - 1, i + shift + right)
+        total += max(0, high - low + 1)
+    return total
