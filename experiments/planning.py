@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from experiments.settings import Experiment
 from mtl import params, tree
-from mtl.inspect.count import Counts, count, extrapolate, needed, total
+from mtl.data.batches import BatchShape
+from mtl.errors import UserError
+from mtl.inspect import hardware
 from mtl.inspect.mesh import planned_mesh
+from mtl.inspect.plan import Plan, Records, make_plan
 from mtl.inspect.record import Recorder, Trace
 from mtl.models import decoder
-from mtl.optim.schedules import Schedule
+from mtl.optim.optimizers import adamw, sgd
+from mtl.optim.schedules import Schedule, schedule
 from mtl.optim.transforms import Optimizer
 from mtl.params import layouts
 from mtl.sharding.layout import box
@@ -24,6 +29,7 @@ from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules
 from mtl.train.gradient import gather_weights, value_and_grad
 from mtl.train.loss import make_loss, parse_remat
+from mtl.train.speed import flops_per_token
 from mtl.train.state import TrainState
 from mtl.train.step import StepOptions, loss_scale, make_update
 
@@ -51,37 +57,6 @@ class Job:
         return self.sizes["batch"] // math.prod(getattr(self.mesh, axis) for axis in self.rules.act["batch"])
 
 
-@dataclass(frozen=True)
-class Records:
-    """The records of a step: ``few`` and ``more`` are the gradient of models with few layers and a round of layers more."""
-
-    gather: Trace
-    few: Trace
-    more: Trace
-    rounds: int
-    update: Trace
-    micro_batches: int
-    compile: str
-
-    def counts(self) -> dict[str, Counts]:
-        """Count each part of a step: what is gathered once, the gradients of all micro-batches, the update."""
-        few, more = (count(useful(t, self.compile)) for t in (self.few, self.more))
-        gradient = extrapolate(few, more, self.rounds)
-        update = count(useful(self.update, self.compile))
-        return {"gather": count(self.gather.ops), "gradient": Counts().plus(gradient, self.micro_batches), "update": update}
-
-    def total(self) -> Counts:
-        """Count the step."""
-        return total(list(self.counts().values()))
-
-
-def useful(trace: Trace, how: str) -> list[Any]:
-    """List the operations that run: all in eager mode; a compiled graph drops those whose results nothing uses."""
-    if how == "none":
-        return trace.ops
-    return needed(trace)
-
-
 class Watched:
     """A model whose parts say in a record where they are."""
 
@@ -92,38 +67,63 @@ class Watched:
         return getattr(decoder, name)
 
     def embed(self, *args: Any) -> Any:
+        """Embed, as the model does."""
         with self.recorder.scoped("embed"):
             return decoder.embed(*args)
 
     def block(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply a layer; where backward asks for it, it is computed again."""
         self.calls += 1
         scope = "block" if self.recorder.scope != "backward" else "again"
         with self.recorder.scoped(scope, self.calls - 1):
             return decoder.block(*args, **kwargs)
 
     def head(self, *args: Any) -> Any:
+        """Take the loss, as the model does."""
         with self.recorder.scoped("head"):
             return decoder.head(*args)
 
 
 def record(job: Job, device: int = 0) -> Records:
-    """Record a step as one device runs it. Layers are equal, so two short models tell what any number of layers does."""
-    period = parse_remat(job.options.remat).every
+    """Record a step as one device runs it. Layers repeat, so two short models tell what any number of layers does."""
     layers = job.config.layers
+    period = 2 * repeat(job)  # a compiler stores the residual stream every other layer
     first = (layers - 1) % period + 1
-    more = min(first + period, layers) if layers > first else first
-    rounds = 0 if more == first else (layers - first) // period
+    rounds = (layers - first) // period
     few = record_gradient(job, first, device)
+    more = record_gradient(job, first + period, device) if rounds else few
+    par, precision = job.parallel(device), job.options.precision
+    held: dict[str, int] = {}
+    with _world(job.kind) as make:
+        state, batch = local_state(job, par, make), local_batch(job, par, make)
+        rest = {"weights": nbytes(state.params), "optimizer": nbytes(state.opt_state), "batch": job.micro_batches * nbytes(batch)}
+        grads = local_params(job, job.config, par, "store", make)
+        if par.rules.gather == "step":
+            grads = local_params(job, job.config, par, "compute", make)
+            held["gathered weights"] = nbytes(grads)
+        summed = nbytes(tree.map(lambda g: make(g.shape, torch.promote_types(g.dtype, par.reduce)), grads))
     return Records(
-        record_gather(job, device), few, record_gradient(job, more, device) if rounds else few, rounds, record_update(job, device),
-        job.micro_batches, job.options.compile,
+        record_gather(job, device), few, more, rounds, record_update(job, device), job.micro_batches, job.options.compile,
+        job.kind != "cpu", job.mesh, str(precision.compute).removeprefix("torch."), rest, held, summed,
     )  # fmt: skip
+
+
+def repeat(job: Job) -> int:
+    """Find after how many layers they repeat: by what is computed again, and by what each layer's attention sees."""
+    layers, every = job.config.layers, parse_remat(job.options.remat).every
+    kinds = [(decoder.at_layer(job.config, i).window, i % every == 0) for i in range(layers)]
+    return next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i + p] for i in range(layers - p)))
+
+
+def nbytes(values: Any) -> int:
+    """Sum the bytes of a tree of tensors."""
+    return sum(x.numel() * x.element_size() for x in tree.leaves(values) if isinstance(x, torch.Tensor))
 
 
 def record_gradient(job: Job, layers: int, device: int = 0) -> Trace:
     """Record the gradient of one micro-batch for a model of so many layers."""
     par, precision = job.parallel(device), job.options.precision
-    config = dataclasses.replace(job.config, layers=layers)
+    config = dataclasses.replace(job.config, layers=layers, full_layers=tuple(i for i in job.config.full_layers if i < layers))
     par = dataclasses.replace(par, sizes={**par.sizes, "layers": layers})
     recorder = Recorder()
     model: Any = Watched(recorder)
@@ -230,3 +230,36 @@ def _world(kind: str) -> Any:
 
     with FakeTensorMode() if kind == "cpu" else contextlib.nullcontext():
         yield make
+
+
+def job_for(setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, kind: str) -> Job:
+    """Describe a run's step. The learning rate is a constant, since no plan depends on it."""
+    rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    micro_batches = setup.train.global_batch_size // (rows * (setup.train.micro_batch_size or 1))
+    mask = params.decayed(decoder.specs(setup.model))
+    optimizer = adamw(mask, impl="plain") if setup.optim.name == "adamw" else sgd(mask, setup.optim.beta1)
+    return Job(setup.model, rules, shape, sizes, options, optimizer, schedule("constant", 1.0, 1), max(1, micro_batches), kind)
+
+
+def plan(setup: Experiment, job: Job, device: hardware.Device | None) -> Plan:
+    """Plan a run's step."""
+    tokens = setup.train.global_batch_size * setup.train.seq_len
+    flops = flops_per_token(decoder.specs(setup.model), setup.model, setup.train.seq_len)
+    return make_plan(record(job), device, tokens, flops)
+
+
+def check_sizes(setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int]) -> None:
+    """Refuse a mesh that does not divide the model, the batch or the sequence."""
+    train = setup.train
+    rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    BatchShape(train.global_batch_size, train.micro_batch_size or 1, train.seq_len).check(rows)
+    if setup.model.positions == "learned" and train.seq_len > setup.model.max_positions:
+        raise UserError(f"train.seq-len {train.seq_len} is longer than the model's {setup.model.max_positions} learned positions.")
+    for table in ("store", "compute"):
+        layouts(decoder.specs(setup.model), rules, shape, table)
+    split = math.prod(getattr(shape, axis) for axis in rules.act["seq"]) * (2 if rules.order == "zigzag" else 1)
+    if math.prod(getattr(shape, axis) for axis in rules.act["seq"]) > 1 and train.seq_len % split:
+        raise UserError(f"train.seq-len {train.seq_len} does not divide by {split}, the pieces that rules {rules.name!r} cut it into.")
+    for name in ("seq", "residual_seq", "query_seq", "key_seq", "heads", "core_heads", "kv_heads", "core_kv_heads", "mlp", "vocab"):
+        what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
+        rules.layout("act", (name,), (sizes[name],), shape, what)

@@ -1,6 +1,6 @@
 """Counts of a step: products, attention and collectives, exact, from records of one and two rounds of layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from mtl.inspect.record import Op, Trace
@@ -61,11 +61,3 @@ def needed(trace: Trace) -> list[Op]:
 def extrapolate(few: Counts, more: Counts, rounds: int) -> Counts:
     """Give the counts of ``rounds`` more rounds of layers than in ``few``, from ``few`` and one round more."""
     return few.plus(more.plus(few, -1), rounds)
-
-
-def total(parts: Sequence[Counts]) -> Counts:
-    """Add counts up."""
-    found = Counts()
-    for part in parts:
-        found = found.plus(part)
-    return found

@@ -8,6 +8,8 @@ from typing import Any
 
 from mtl.errors import UserError, unknown
 
+SHARES = ("matmul", "attention_forward", "attention_backward", "memory", "node", "node_beside", "cluster", "overlap")
+"""What a table's efficiency says: shares of the peaks, and how much of the communication beside compute is hidden."""
 FOLDER = Path(__file__).parent / "devices"
 
 
@@ -59,9 +61,10 @@ def load(name: str) -> Device:
     if path.parent == FOLDER and name not in names():
         raise unknown("device", name, names())
     try:
-        values = json.loads(path.read_text())
+        values: dict[str, Any] = json.loads(path.read_text())
         links = {key: Link(**link) for key, link in values.pop("links").items()}
-        device = Device(**{**values, "match": tuple(values["match"]), "links": links})
+        fields: dict[str, Any] = {**values, "match": tuple(values["match"]), "links": links}
+        device = Device(**fields)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read the device table {path}: {error}. It needs the keys of mtl/inspect/devices/h200.json.") from None
     check(device, path)
@@ -71,7 +74,7 @@ def load(name: str) -> Device:
 def check(device: Device, path: Path) -> None:
     """Refuse a table whose numbers cannot be."""
     lacking = {"node", "cluster"} - set(device.links)
-    lacking |= {"matmul", "attention_forward", "attention_backward", "memory", "node", "cluster", "overlap"} - set(device.efficiency)
+    lacking |= set(SHARES) - set(device.efficiency)
     if lacking:
         raise UserError(f"device table {path}: links or efficiency lack {', '.join(sorted(lacking))}.")
     for name, share in device.efficiency.items():

@@ -1,5 +1,6 @@
 """How long every buffer of a record lives, and what is alive when: as Python holds them, or as a compiler that fuses kernels would."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,8 @@ class Life:
     spans: Mapping[int, tuple[int, int]]
     sizes: Mapping[int, int]
     kinds: Mapping[int, str]
+    steps: tuple[tuple[Op, int], ...]
+    """Every operation, fused or not, with the kernel that was last when it came."""
 
     def timeline(self) -> list[int]:
         """Give the bytes alive at every kernel, without the arguments."""
@@ -62,7 +65,8 @@ def eager(trace: Trace) -> Life:
         for buffer in op.makes:
             died = trace.freed.get(buffer, len(trace.ops))
             spans[buffer] = (min(after[i], last), max(min(after[i], last), min(after[min(died + 1, len(trace.ops))] - 1, last)))
-    return Life(kernels, spans, _rounded(trace), _kinds(trace, trace.ops))
+    steps = tuple((op, min(after[i], last)) for i, op in enumerate(trace.ops))
+    return Life(kernels, spans, _rounded(trace), _kinds(trace, trace.ops), steps)
 
 
 def compiled(trace: Trace, overlap: int, devices: int) -> Life:
@@ -89,9 +93,12 @@ def fused(trace: Trace, overlap: int = 0, plain: tuple[str, ...] = ()) -> Life:
             sources = {s for b in op.reads for s in ({b} if b in stored else through.get(b, set()))}
             through.update(dict.fromkeys(op.makes, sources))
     kernels: list[Kernel] = []
+    steps: list[tuple[Op, int]] = []
     spans: dict[int, tuple[int, int]] = {}
     for op in ops:
-        if op.makes and not any(b in stored for b in op.makes):
+        inlined = bool(op.makes) and not any(b in stored for b in op.makes)
+        steps.append((op, max(0, len(kernels) - inlined)))
+        if inlined:
             continue
         here = len(kernels)
         reads = {s for b in op.reads for s in ({b} if b in stored else through.get(b, set()))}
@@ -110,9 +117,13 @@ def fused(trace: Trace, overlap: int = 0, plain: tuple[str, ...] = ()) -> Life:
         spans[b] = (born, len(kernels) - 1 if kept else max(born, use.get(b, born)))
     _reuse(kernels, spans, trace)
     kinds, sizes = _kinds(trace, ops), _rounded(trace)
+    head = max((k.place for k in kernels if k.op.scope == "head"), default=len(kernels))
+    for k in kernels:  # what backward reads through values computed inside its kernels
+        if k.op.scope in ("embed", "block"):
+            kinds.update({b: "activations" for b in k.op.makes if kinds[b] == "workspace" and spans[b][1] > head})
     if overlap:
         _stretch(kernels, spans, kinds, overlap)
-    return Life(tuple(kernels), spans, sizes, kinds)
+    return Life(tuple(kernels), spans, sizes, kinds, tuple(steps))
 
 
 def _stored(trace: Trace, ops: Sequence[Op]) -> set[int]:
@@ -173,18 +184,15 @@ def _stretch(kernels: Sequence[Kernel], spans: dict[int, tuple[int, int]], kinds
 def _as_measured(kernels: Sequence[Kernel], life: Life, overlap: int, devices: int) -> Life:
     """Add what measured peaks of compiled steps have and the record does not explain (docs/planner.md lists the measurements).
 
-    A fused head keeps the logits of every tile until it is done (with overlap, until the first sums have been collected); attention's
-    result is there twice; and two copies of the head's gradient in float32 are, but for several devices without overlap.
+    A fused head keeps the logits of every tile until it is done (with overlap, until the first sums have been collected), and two copies
+    of the head's gradient in float32 are there, but for several devices without overlap.
     """
     spans, sizes, kinds = dict(life.spans), dict(life.sizes), dict(life.kinds)
-    for k in kernels:
-        if k.op.kind == "attention" and k.op.scope == "block" and k.op.makes:
-            sizes[k.op.makes[0]] *= 2
     head = [k for k in kernels if k.op.scope == "head"]
-    products = [(k, after) for k, after in zip(head, head[1:], strict=False) if k.op.kind == "matmul"]
+    products = [(k, after) for k, after in itertools.pairwise(head) if k.op.kind == "matmul"]
     tiles = [k for k, after in products if after.op.kind == "reduction"]
     if len(products) < 3 or not tiles:
-        return Life(life.kernels, spans, sizes, kinds)
+        return replace(life, spans=spans, sizes=sizes, kinds=kinds)
     last = head[-1].place
     if overlap:
         sums = [k.place for k in kernels if k.place > last and k.op.wire is not None and k.op.wire.collective == "reduce_scatter"]
@@ -194,7 +202,7 @@ def _as_measured(kernels: Sequence[Kernel], life: Life, overlap: int, devices: i
     if overlap or devices == 1:
         gradient = max(k.op.shape[1] * k.op.shape[2] for k, _ in products if k.op.shape[1] == tiles[0].op.shape[3])
         spans[-1], sizes[-1], kinds[-1] = (tiles[0].place, last), 8 * gradient, "gradients"
-    return Life(life.kernels, spans, sizes, kinds)
+    return replace(life, spans=spans, sizes=sizes, kinds=kinds)
 
 
 def _once(ops: Sequence[Op], trace: Trace) -> list[Op]:

@@ -9,6 +9,13 @@ OPAQUE = (
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",
     "scatter", "cumsum", "sort",
 )  # fmt: skip
+_CAUSAL = {
+    "_scaled_dot_product_cudnn_attention": 6,
+    "_scaled_dot_product_cudnn_attention_backward": 14,
+    "_scaled_dot_product_flash_attention_for_cpu": 4,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": 7,
+}
+"""Which argument says that the mask is causal."""
 _COLLECTIVES = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single")
 
 
@@ -53,8 +60,7 @@ def attention_flops(name: str, args: Any, kwargs: Mapping[str, Any]) -> int:
     else:  # [B, H, S, K], causal or not
         batch, heads, queries, head = q.shape
         keys = k.shape[2]
-        flag = {"_scaled_dot_product_cudnn_attention": 6, "_scaled_dot_product_cudnn_attention_backward": 14,
-                "_scaled_dot_product_flash_attention_for_cpu": 4, "_scaled_dot_product_flash_attention_for_cpu_backward": 7}.get(name)  # fmt: skip
+        flag = _CAUSAL.get(name)
         causal = flag is not None and len(args) > flag and bool(args[flag])  # defaults are left out
         pairs = queries * (queries + 1) // 2 if causal else queries * keys
     return (10 if backward else 4) * batch * heads * head * pairs

@@ -85,7 +85,7 @@ class Recorder(TorchDispatchMode):
     def buffer(self, x: Tensor) -> tuple[int, bool]:
         """Number a tensor's memory; say whether it is new."""
         storage = x.untyped_storage()
-        address = storage._cdata
+        address = storage._cdata  # pyright: ignore[reportPrivateUsage]
         known = self._known.get(address)
         if known is not None:
             return known[0], False
@@ -98,7 +98,8 @@ class Recorder(TorchDispatchMode):
 
     def _alias(self, x: Tensor, index: int) -> None:
         storage = x.untyped_storage()
-        self._known.setdefault(storage._cdata, (index, StorageWeakRef(storage)))
+        address = storage._cdata  # pyright: ignore[reportPrivateUsage]
+        self._known.setdefault(address, (index, StorageWeakRef(storage)))
         self._alive[index] = StorageWeakRef(storage)
         self.trace.freed.pop(index, None)
 

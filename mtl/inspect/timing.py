@@ -21,14 +21,17 @@ class Traffic:
     seconds: float
 
 
-def traffic(wire: Wire, mesh: MeshShape, device: Device) -> Traffic:
-    """Send one collective as rings do: inside a node over its link, between nodes each device through its own port."""
+def traffic(wire: Wire, mesh: MeshShape, device: Device, beside: bool = False) -> Traffic:
+    """Send one collective as rings do: inside a node over its link, between nodes each device through its own port.
+
+    ``beside`` compute, a link inside a node reaches less, since both share the chip.
+    """
     group = members(mesh, wire.axes)
     count, near = len(group), sum(1 for d in group if d // device.node_size == 0)
     share, away = (count - 1) / count, (count - near) / count
     twice = 2 if wire.collective == "all_reduce" else 1
     sent = wire.sent if wire.sent is not None else round(twice * wire.bytes * share)
-    inside = device.links["node"].bandwidth * device.efficiency["node"]
+    inside = device.links["node"].bandwidth * device.efficiency["node_beside" if beside else "node"]
     outside = device.links["cluster"].bandwidth * device.efficiency["cluster"]
     if away == 0:
         return Traffic(sent, "node", device.links["node"].latency + sent / inside)
@@ -51,17 +54,16 @@ def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
 
 def seconds(life: Life, mesh: MeshShape, device: Device, dtype: str, overlapped: bool) -> dict[str, float]:
     """Time a record by kind. With ``overlapped``, gathers of weights and sums of gradients run beside compute, in part."""
-    found = dict.fromkeys(KINDS, 0.0)
+    found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for kernel in life.kernels:
         op = kernel.op
         if op.wire is None:
             name = {"matmul": "products", "attention": "attention"}.get(op.kind, "other kernels")
             found[name] += kernel_seconds(kernel, device, dtype)
             continue
-        time = traffic(op.wire, mesh, device).seconds
         kinds = {life.kinds.get(b) for b in (*op.reads, *op.makes)}
         hides = overlapped and (kinds & {"gathered weights"} or (kinds & {"gradients"} and op.wire.collective == "reduce_scatter"))
-        found["hidden communication" if hides else "communication"] += time
+        found["hidden communication" if hides else "communication"] += traffic(op.wire, mesh, device, bool(hides)).seconds
     return found
 
 

@@ -1,0 +1,293 @@
+"""`mtl plan`: products and bytes on the wire equal what ranks really do, exactly; memory and time those measured, within bounds."""
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import plan_search, planning
+from experiments.presets import PRESETS
+from mtl.cli import plan as command
+from mtl.errors import UserError
+from mtl.inspect import hardware
+from mtl.inspect.count import count
+from mtl.inspect.operations import band
+from mtl.inspect.plan import make_plan, memory
+from mtl.inspect.record import Wire
+from mtl.inspect.timing import traffic
+from mtl.models import decoder
+from mtl.optim.optimizers import adamw
+from mtl.optim.schedules import schedule
+from mtl.params import decayed
+from mtl.precision import PRECISIONS
+from mtl.sharding.mesh import MeshShape
+from mtl.train.speed import flops_per_token
+from mtl.train.step import StepOptions
+from sharding_rules import choose, load
+from tests import browser
+from tests.cases.inspect import job_of, planned_counts
+from tests.ranks import Ranks
+from tests.small import MESHES, MODELS
+
+REMATS, HOWS = ("none", "selective", "full", "every:2"), ("none", "step", "block")
+Case = tuple[tuple[str, int], str, str, str]
+PLACES = [(name, world) for name, worlds in MESHES.items() for world in worlds]
+FULL: list[Case] = list(itertools.product(PLACES, MODELS, REMATS, HOWS))
+random.Random(2).shuffle(FULL)
+_EAGER: list[Case] = [
+    ((name, min(worlds)), list(MODELS)[(i + j) % 5], remat, "none")
+    for i, (name, worlds) in enumerate(MESHES.items())
+    for j, remat in enumerate(REMATS)
+    if (i + j) % 2 == 0
+]
+SOME: list[Case] = [
+    *_EAGER,
+    (("ring", 4), "llama", "none", "none"),
+    (("fsdp_context_tensor", 8), "mistral", "full", "none"),
+    (("tensor", 2), "llama", "full", "step"),
+    (("fsdp", 2), "gpt", "none", "step"),
+    (("tensor", 2), "llama", "full", "block"),
+    (("ulysses", 2), "falcon", "selective", "block"),
+]
+
+
+def check(ranks: Ranks, case: Case, micros: int = 1) -> None:
+    """Compare a plan with what ranks do in a step."""
+    (name, world), model, remat, how = case
+    done = ranks.run("tests.cases.inspect:step_counts", world, table=name, world=world, model=model, remat=remat, how=how, micros=micros)
+    assert planned_counts(name, world, model, remat, how, micros) == done
+    assert done["times"]["matmul"] > 3 * 6
+
+
+@pytest.mark.parametrize("case", SOME, ids=lambda c: "-".join(str(x) for x in (*c[0], *c[1:])))
+def test_counts_are_those_of_the_real_step(ranks: Ranks, case: Case) -> None:
+    check(ranks, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", FULL, ids=lambda c: "-".join(str(x) for x in (*c[0], *c[1:])))
+def test_counts_in_every_table_remat_and_mode(ranks: Ranks, case: Case) -> None:
+    check(ranks, case)
+
+
+def test_micro_batches_multiply_the_gradient_alone(ranks: Ranks) -> None:
+    check(ranks, (("fsdp", 2), "llama", "none", "none"), micros=3)
+    check(ranks, (("zero1", 2), "llama", "none", "none"), micros=3)
+
+
+@pytest.mark.parametrize("remat", REMATS)
+@pytest.mark.parametrize("how", ["none", "step"])
+def test_short_models_tell_what_long_ones_do(remat: str, how: str) -> None:
+    """Seven layers, recorded whole: the same products, bytes and peak as extrapolated from fewer."""
+    job = job_of("fsdp_tensor", 4, "llama", remat, how, layers=9)
+    records = planning.record(job)
+    assert records.rounds >= 1
+    whole = planning.record_gradient(job, 9)
+    assert count(records.ran(whole)) == records.counts()["gradient"]
+    exact = dataclasses.replace(records, few=whole, more=whole, rounds=0)
+    assert memory(records).peak == pytest.approx(memory(exact).peak, rel=0.01)
+
+
+def test_layers_that_differ_are_told_apart() -> None:
+    config = dataclasses.replace(MODELS["mistral"], layers=6, full_layers=(1, 3, 5))
+    job = dataclasses.replace(job_of("single", 1, "mistral", "none", "none"), config=config)
+    assert planning.repeat(job) == 2
+    assert planning.repeat(dataclasses.replace(job, config=dataclasses.replace(config, full_layers=(5,)))) == 6
+
+
+def preset_job(name: str, mesh: MeshShape, micro: int, seq: int, layers: int | None = None, **options: Any) -> tuple[planning.Job, int]:
+    """Describe a preset's step on H200s in bf16."""
+    config = PRESETS[name].model
+    config = dataclasses.replace(config, layers=layers or config.layers)
+    rules = load(choose(mesh))
+    rows = math.prod(getattr(mesh, axis) for axis in rules.act["batch"])
+    seqs = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), seq)
+    sizes = {**decoder.sizes(config), **seqs, "batch": rows * micro}
+    chosen = StepOptions(PRECISIONS["bf16"], **{"compile": "step", **options})
+    optimizer = adamw(decayed(decoder.specs(config)))
+    return planning.Job(config, rules, mesh, sizes, chosen, optimizer, schedule("constant", 1.0, 1), 1), rows * micro * seq
+
+
+def test_llama3_8b_over_four_by_hand() -> None:
+    """FSDP: layers twice, embedding and fused head once, in bf16; gradients once in float32; 6 N products a token."""
+    job, tokens = preset_job("llama3_8b", MeshShape(fsdp=4), 2, 8192)
+    found = planning.record(job).counts()["gradient"]
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    table = 128256 * 4096
+    assert found.bytes["all_gather", ("fsdp",)] == 2 * (2 * 32 * layer + 2 * table)
+    assert found.bytes["reduce_scatter", ("fsdp",)] == 4 * (32 * layer + 2 * table)
+    assert found.matmul_flops == 6 * (32 * layer + table) * tokens // 4
+    pairs = 8192 * 8193 // 2
+    assert found.attention_flops == (4 + 10) * 2 * 32 * 128 * pairs * 32
+    rest = planning.record(job).rest
+    norms = 65 * 4096
+    assert rest["weights"] == 4 * ((32 * layer + 2 * table) // 4 + norms)
+    assert rest["optimizer"] == pytest.approx(2 * rest["weights"], abs=8)
+
+
+@pytest.mark.parametrize(("how", "most"), [("none", 1), ("step", 2)])
+def test_full_remat_keeps_the_inputs_of_layers(how: str, most: int) -> None:
+    """By hand: the input of a layer, batch x tokens x embed in bf16; compiled, at most the two sums that it is computed from."""
+    jobs = [preset_job("llama_1b", MeshShape(), 2, 4096, layers=n, remat="full", compile=how)[0] for n in (4, 8)]
+    kept: list[int] = []
+    for job in jobs:
+        records = planning.record(job)
+        life = records.life(planning.record_gradient(job, job.config.layers))
+        head = next(k.place for k in life.kernels if k.op.scope == "head")
+        kept.append(life.alive(head)["activations"])
+    small, large = kept
+    one = 2 * 4096 * 2048 * 2
+    assert one <= (large - small) / 4 <= most * one
+
+
+MEASURED = [  # preset, mesh, batch, tokens, layers, GiB and ms of docs/benchmarks.md
+    ("llama_1b", MeshShape(), 2, 4096, None, 32.9, 138),
+    ("llama_1b", MeshShape(), 4, 4096, None, 46.1, 257),
+    ("llama3_8b", MeshShape(fsdp=4), 2, 8192, 8, 41.9, 475),
+    ("llama3_8b", MeshShape(fsdp=4), 2, 8192, None, 110.5, 1636),
+]
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=lambda c: f"{c[0]}-{c[2]}-{c[4]}")
+def test_measured_runs(case: tuple[str, MeshShape, int, int, int | None, float, float]) -> None:
+    name, mesh, micro, seq, layers, gib, ms = case
+    job, tokens = preset_job(name, mesh, micro, seq, layers)
+    flops = flops_per_token(decoder.specs(job.config), job.config, seq)
+    plan = make_plan(planning.record(job), hardware.load("h200"), tokens, flops)
+    assert plan.memory.peak / 2**30 == pytest.approx(gib, rel=0.05)
+    assert plan.step is not None
+    assert plan.step * 1e3 == pytest.approx(ms, rel=0.1)
+
+
+def test_rings_by_hand() -> None:
+    h200 = hardware.load("h200")
+    inside = traffic(Wire("all_gather", ("fsdp",), 800), MeshShape(fsdp=8), h200)
+    assert (inside.sent, inside.link) == (700, "node")
+    assert traffic(Wire("all_reduce", ("tensor",), 800), MeshShape(tensor=2), h200).sent == 800
+    outside = traffic(Wire("all_gather", ("fsdp",), 10**12), MeshShape(fsdp=16), h200)
+    # half of the bytes come from the other node, over its eight devices' ports; all but a sixteenth go over the link inside
+    ports, link = 0.5e12 / 8 / (50e9 * h200.efficiency["cluster"]), 10**12 * 15 / 16 / (450e9 * h200.efficiency["node"])
+    assert outside.link == "cluster"
+    assert outside.seconds == pytest.approx(max(ports, link), rel=0.01)
+    apart = traffic(Wire("all_gather", ("fsdp",), 10**9), MeshShape(fsdp=2, tensor=8), h200)
+    assert apart.link == "cluster", "devices 0 and 8 lie in two nodes"
+    assert apart.seconds == pytest.approx(0.5e9 / (50e9 * h200.efficiency["cluster"]), rel=0.01)
+
+
+def test_windows_are_counted() -> None:
+    assert band(4, 4, -1, 0) == 10
+    assert band(4, 4, 1, 0) == 1 + 2 + 2 + 2
+    assert band(2, 4, -1, 0) == 3 + 4
+    assert band(3, 3, -1, -1) == 9
+
+
+def test_thousands_of_devices_are_quick() -> None:
+    start = time.process_time()
+    job, tokens = preset_job("gpt3_175b", MeshShape(replica=16, fsdp=128, tensor=8), 1, 2048)
+    plan = make_plan(planning.record(job), hardware.load("h100"), tokens, 1.0)
+    assert plan.devices == 16384
+    assert time.process_time() - start < 5
+
+
+def run(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command and give what it prints."""
+    command.main(arguments.split())
+    return capsys.readouterr().out
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(run("--preset llama_1b --mesh tensor=2 --model.layers 4 --json", capsys))
+    parts = {k: v for k, v in found["memory"].items() if isinstance(v, int) and k not in ("peak", "capacity", "fits")}
+    assert sum(parts.values()) == found["memory"]["peak"]
+    shown = ("products", "attention", "other kernels", "communication shown")
+    assert found["seconds"]["step"] == pytest.approx(sum(found["seconds"][k] for k in shown))
+    text = run("--preset llama_1b --mesh tensor=2 --model.layers 4", capsys)
+    assert f"{found['flops']['matmul']:,} FLOP" in text
+    assert "InfiniBand" not in text
+    assert "DOES NOT FIT" in run("--preset llama3_70b --device a100", capsys)
+
+
+def test_search_proposes_what_fits_and_says_why_others_lose(capsys: pytest.CaptureFixture[str]) -> None:
+    text = run("--preset llama_1b --search --devices 2 --memory 40GiB --global-batch-tokens 16K --model.layers 8 --device a100", capsys)
+    assert re.search(r"^1\. mesh \S+, rules \w+, remat \w+", text, re.M)
+    peaks = [float(x) for x in re.findall(r"^   ([\d.]+) GiB", text, re.M)]
+    assert peaks
+    assert max(peaks) <= 40
+    steps = [float(x) for x in re.findall(r"([\d.]+) s a step", text)]
+    assert steps == sorted(steps)
+    assert "too much" in text.partition("why the others lose")[2]
+    with pytest.raises(UserError) as error:
+        run("--preset llama3_8b --search --devices 2 --memory 10GiB --device a100", capsys)
+    assert re.search(r"nothing fits 10\.0 GiB .* Closest: mesh .* [\d.]+ GiB too much", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--preset nosuch", ["unknown preset 'nosuch'"]),
+        ("--device h20", ["unknown device 'h20'", "h200"]),
+        ("--device none.json", ["cannot read the device table none.json"]),
+        ("--mesh tensr=2", ["unknown mesh axis 'tensr'", "tensor"]),
+        ("--mesh tensor=3", ["does not divide by tensor=3", "could be 1, 2, 4"]),
+        ("--mesh fsdp=3", ["does not divide by", "3"]),
+        ("--mesh fsdp=16", ["global-batch-size 8", "16"]),
+        ("--remat half", ["remat is 'half'"]),
+        ("--search --devices 8 --memory 80Gi", ["--memory is '80Gi'"]),
+        ("--search --devices 8 --global-batch-tokens 5000", ["5,000 tokens", "multiple of 8192"]),
+        ("--search --devices 0", ["--devices is 0"]),
+        ("--node-size 0", ["--node-size is 0"]),
+    ],
+)
+def test_bad_input_is_one_message(arguments: str, words: list[str]) -> None:
+    with pytest.raises(UserError) as error:
+        command.main(arguments.split())
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_device_tables_say_where_numbers_come_from(tmp_path: Path) -> None:
+    for name in hardware.names():
+        device = hardware.load(name)
+        assert set(device.sources) >= {"peaks", *hardware.SHARES}, name
+        assert name == "h200" or not any("measured:" in text for text in device.sources.values()), "only the H200 was measured"
+    values = json.loads((hardware.FOLDER / "h200.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps({**values, "name": "mine"}))
+    assert hardware.load(str(tmp_path / "mine.json")).name == "mine"
+    values["efficiency"]["matmul"] = 1.5
+    (tmp_path / "bad.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"efficiency matmul is 1.5"):
+        hardware.load(str(tmp_path / "bad.json"))
+    found = hardware.named_like("NVIDIA H200")
+    assert found is not None
+    assert found.name == "h200"
+    assert hardware.named_like("NVIDIA GeForce 256") is None
+
+
+def test_sizes_are_read() -> None:
+    assert plan_search.parse_bytes("80GiB") == 80 * 2**30
+    assert plan_search.parse_bytes("1.5GB") == 1_500_000_000
+    assert plan_search.parse_count("4M", "x") == 4 * 2**20
+
+
+@browser.needed
+def test_the_page_says_the_same_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "plan.html"
+    found = json.loads(run(f"--preset llama3_8b --mesh fsdp=8 --json --html {page}", capsys))
+    shown = browser.text_of(page)
+    assert f'id="peak" data-bytes="{found["memory"]["peak"]}"' in shown
+    parts = dict(re.findall(r'data-part="([^"]+)" data-bytes="(\d+)"', shown))
+    assert {k: int(v) for k, v in parts.items()} == {k: found["memory"][k] for k in parts}
+    assert len(parts) == 8
+    table = re.search(r'<table id="traffic">.*?</table>', shown, re.S)
+    assert table
+    assert [int(n) for n in re.findall(r'data-bytes="(\d+)"', table[0])] == [row["bytes"] for row in found["collectives"]]
+    picture = browser.screenshot(page, tmp_path / "plan.png", 500, 1000)
+    assert picture.stat().st_size > 10_000
+    assert "http" not in page.read_text()
