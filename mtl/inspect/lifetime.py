@@ -57,8 +57,9 @@ class Life:
 
 def eager(trace: Trace) -> Life:
     """Follow the record itself: every operation is a kernel, and a buffer lives until nothing held it any more."""
-    kernels = tuple(Kernel(op, i, op.moved) for i, op in enumerate(trace.ops) if op.kind not in ("view", "wait"))
-    after = _next_kernel([k.place for k in kernels], len(trace.ops))
+    places = [i for i, op in enumerate(trace.ops) if op.kind not in ("view", "wait")]
+    kernels = tuple(Kernel(trace.ops[i], place, trace.ops[i].moved) for place, i in enumerate(places))
+    after = _next_kernel(places, len(trace.ops))
     last = len(kernels) - 1
     spans: dict[int, tuple[int, int]] = {}
     for i, op in enumerate(trace.ops):
