@@ -34,6 +34,10 @@ WATCHED = (2, 10, 100, 1000)
 def settled(setup: Experiment, rules: Rules, shape: MeshShape) -> Experiment:
     """Settle schedule, micro-batches and their size where they were left open; refuse settings that have no pipeline to act on."""
     chosen, train = setup.pipeline, setup.train
+    if shape.pipe > 1 and setup.lora.rank:
+        raise UserError(
+            f"lora.rank is {setup.lora.rank} and mesh.pipe {shape.pipe}: adapters are not trained through a pipeline. Set one aside."
+        )
     if shape.pipe == 1:
         for name, value in vars(chosen).items():
             if value != getattr(PipelineSettings(), name):
@@ -147,17 +151,19 @@ class Timing:
         return hook
 
 
-def make_steps(pipeline: Pipeline | None, model: Any, par: Parallel, optimizer: Any, rate: Any, options: Any, timing: Timing) -> Any:
-    """Make the step, through the pipeline if there is one."""
+def make_steps(
+    pipeline: Pipeline | None, model: Any, par: Parallel, optimizer: Any, rate: Any, options: Any, timing: Timing, plain: Any = decoder
+) -> Any:
+    """Make the step, through the pipeline if there is one; ``plain`` is the model without one."""
     if pipeline is None:
-        return make_step(decoder, model, par, optimizer, rate, options)
+        return make_step(plain, model, par, optimizer, rate, options)
     return timing.add(make_pipelined_step(decoder, model, par, optimizer, rate, options, pipeline))
 
 
-def make_evaluation(pipeline: Pipeline | None, model: Any, par: Parallel, precision: Any) -> Any:
-    """Make the evaluation, through the pipeline if there is one."""
+def make_evaluation(pipeline: Pipeline | None, model: Any, par: Parallel, precision: Any, plain: Any = decoder) -> Any:
+    """Make the evaluation, through the pipeline if there is one; ``plain`` is the model without one."""
     if pipeline is None:
-        return make_evaluate(decoder, model, par, precision)
+        return make_evaluate(plain, model, par, precision)
     return make_pipelined_evaluate(decoder, model, par, precision, pipeline)
 
 

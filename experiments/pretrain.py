@@ -22,6 +22,7 @@ from experiments import checkpoints, initial, pipelining
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
+from experiments.tuning import Tuning, trained, tuning
 from experiments.work import Kind, Work
 from mtl import params
 from mtl.data.batches import BatchShape, batch_at
@@ -140,6 +141,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         )
     for table in ("store", "compute"):
         params.layouts(specs, rules, shape, table)
+        params.layouts(trained(setup.lora).specs(model), rules, shape, table)
     known = sizes(setup, rules, shape)
     pieces = 2 if rules.order == "zigzag" else 1
     split = math.prod(getattr(shape, axis) for axis in rules.act["seq"])
@@ -178,7 +180,7 @@ def make_optimizer(setup: Experiment) -> tuple[Optimizer, Schedule]:
         if not 0.0 <= getattr(optim, name) < 1.0:
             raise UserError(f"optim.{name} is {getattr(optim, name)}: it must lie from 0 to under 1.")
     rate = schedule(optim.schedule, optim.lr, setup.train.steps, optim.warmup_steps, optim.min_lr_ratio)
-    mask = params.decayed(decoder.specs(setup.model))
+    mask = params.decayed(trained(setup.lora).specs(setup.model))
     if optim.name == "adamw":
         return adamw(mask, optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.impl), rate
     return sgd(mask, optim.beta1, False, optim.weight_decay), rate
@@ -214,25 +216,29 @@ def run(
     model, train = setup.model, setup.train
     mesh = make_mesh(shape, at.device.type)
     par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce)
-    specs = decoder.specs(model)
     optimizer, rate = make_optimizer(setup)
+    fresh = partial(init_state, seed=train.seed)
+    tuned = tuning(setup.lora, model, par, precision, work.begin or fresh)
+    specs = tuned.model.specs(model)
     pipeline = pipelining.plan(setup, shape)
     choices = resolved(rules, shape, precision) | {"pipeline": pipelining.described(setup, pipeline)}
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": i * train.global_batch_size}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
     timing = pipelining.Timing(train.steps)
-    step = by_length(par, lambda par: pipelining.make_steps(pipeline, model, par, optimizer, rate, options, timing))
-    fresh = work.begin or partial(init_state, seed=train.seed)
+    step = by_length(
+        par, lambda par: tuned.step(pipelining.make_steps(pipeline, model, par, optimizer, rate, options, timing, tuned.model))
+    )
+    begin = fresh if setup.lora.rank or work.begin is None else work.begin
     keeper.extra = work.beside
     state = keeper.begin(
         steps, setup.resume,
         lambda: abstract_state(specs, rules, mesh, precision, optimizer),
-        lambda: fresh(specs=specs, rules=rules, mesh=mesh, precision=precision, optimizer=optimizer),
+        lambda: begin(specs=specs, rules=rules, mesh=mesh, precision=precision, optimizer=optimizer),
     )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
     log = RunLog(folder, at.rank == 0, train.steps, wandb and wandb | {"id": keeper.run_id, "resume": "allow"}, keeper.first)
-    log.say(f"{preset}: {params.count(specs) / 1e6:.1f} M parameters, {precision.name} on {at.world} x {at.device.type}")
+    log.say(f"{preset}: {params.count(specs) / 1e6:.1f} M parameters{tuned.said(model)}, {precision.name} on {at.world} x {at.device.type}")
     log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
     for line in work.said:
         log.say(line)
@@ -247,8 +253,8 @@ def run(
         return batch_at(par, work.train, i * train.global_batch_size, shape, precision.param)
 
     hooks = [
-        measured(setup, specs, at, length),
-        evaluated(setup, par, precision, work, pipeline),
+        measured(setup, at, length),
+        evaluated(setup, par, precision, work, pipeline, tuned),
         lambda i, state, record: log.write(tidy(record)),
         timing.hook(folder, at.rank == 0),
     ]
@@ -256,7 +262,7 @@ def run(
         keeper.replay(state, hooks)
         state = fit(state, step, batch, range(keeper.first, train.steps), [keeper.step_done, *hooks, keeper.save_if_due])
         keeper.finish()
-        text = sample(setup, par, precision, state.params, work) if train.steps else ""
+        text = sample(setup, par, precision, state.params, work, tuned) if train.steps else ""
     finally:
         keeper.settle()
         log.close()
@@ -293,10 +299,11 @@ def by_length(par: Parallel, make: Callable[[Parallel], Any]) -> Any:
     return step
 
 
-def measured(setup: Experiment, specs: Any, at: process.Place, length: Callable[[int], int]) -> Callable[[int, Any, dict[str, Any]], None]:
+def measured(setup: Experiment, at: process.Place, length: Callable[[int], int]) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that adds speed and memory."""
     peak = peak_flops(at.device)
-    flops = {name: flops_per_token(specs, setup.model, setup.train.seq_len, name == "mfu") for name in ("mfu", "mfu_full_attention")}
+    specs, thin = decoder.specs(setup.model), trained(setup.lora).specs(setup.model) if setup.lora.rank else None
+    flops = {name: flops_per_token(specs, setup.model, setup.train.seq_len, name == "mfu", thin) for name in ("mfu", "mfu_full_attention")}
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         rate = setup.train.global_batch_size * length(i - 1) / record["step_time"] / at.world
@@ -308,7 +315,7 @@ def measured(setup: Experiment, specs: Any, at: process.Place, length: Callable[
 
 
 def evaluated(
-    setup: Experiment, par: Parallel, precision: Precision, work: Work, pipeline: Pipeline | None
+    setup: Experiment, par: Parallel, precision: Precision, work: Work, pipeline: Pipeline | None, tuned: Tuning
 ) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that evaluates every so many steps and at the end."""
     train = setup.train
@@ -316,13 +323,13 @@ def evaluated(
     samples, held_out = work.held_out_samples, work.held_out
     rows *= min(setup.pipeline.microbatches or 1, -(-samples // rows)) or 1  # a pipeline takes several micro-batches at once
     count = -(-samples // rows)
-    evaluate = pipelining.make_evaluation(pipeline, setup.model, par, precision)
+    evaluate = pipelining.make_evaluation(pipeline, setup.model, par, precision, tuned.whole)
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         if held_out is not None and (i == train.steps or (train.eval_every and i % train.eval_every == 0)):
             shape = BatchShape(rows, micro_batch(setup), train.seq_len)
             batches = (batch_at(par, held_out, n * rows, shape, precision.param, samples) for n in range(count))
-            record["eval_loss"] = evaluate(state.params, batches)
+            record["eval_loss"] = evaluate(tuned.params(state.params), batches)
             if work.byte_tokens:
                 record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2)
 
@@ -334,11 +341,11 @@ def tidy(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if name not in ("losses", "good", "entropy")}
 
 
-def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any, work: Work, count: int = 120) -> str:
+def sample(setup: Experiment, par: Parallel, precision: Precision, weights: Any, work: Work, tuned: Tuning, count: int = 120) -> str:
     """Write on from the work's prompt, token by token; every device of the mesh takes part and gets the same text."""
     start = list(work.prompt[: max(setup.train.seq_len - 1, 1)])
     count, how = min(count, setup.train.seq_len - len(start)), Sampling(0.7, seed=setup.train.seed)
-    new = generate(decoder, setup.model, par.mesh, par.rules, precision, weights, [start], count, how, work.ends)
+    new = generate(tuned.whole, setup.model, par.mesh, par.rules, precision, tuned.params(weights), [start], count, how, work.ends)
     return work.decode(start + [t[0] or 0 for t in new])
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mtl.lora.adapters import Lora
 from mtl.models import decoder
 from mtl.sharding.mesh import MeshShape
 
@@ -131,6 +132,7 @@ class Experiment:
     optim: OptimSettings = field(default_factory=OptimSettings)
     log: LogSettings = field(default_factory=LogSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    lora: Lora = field(default_factory=Lora)
     resume: Literal["never", "auto", "must"] = "never"
     """Go on with the run in --out: auto from its newest good checkpoint (from the start if it has none), must from its newest alone."""
     init: Annotated[str | None, tyro.conf.arg(metavar="hf:DIR")] = None

@@ -13,10 +13,10 @@ import tyro
 from torch.distributed.tensor import DTensor
 
 import sharding_rules
+from experiments.initial import model_config, newest
 from mtl import checkpoint, tree
 from mtl.axes import names
 from mtl.checkpoint.contents import Contents
-from mtl.cli.hf import model_config, newest
 from mtl.cli.prompts import Language, language, read_prompts
 from mtl.errors import UserError
 from mtl.generate.decode import check, generate
@@ -126,6 +126,8 @@ def choose_layout(settings: GenerateSettings, config: decoder.Config, world: int
 
 def restore_params(contents: Contents, config: decoder.Config, rules: Rules, mesh: Mesh, precision: Precision) -> Any:
     """Read the parameters alone, each device its part, in the type that they are used in."""
+    if any(name.endswith(".lora.a") for name in contents.arrays):
+        raise UserError(f"{contents.path} holds adapters alone. Add them to their model first: mtl lora merge {contents.path} --out CKPT.")
 
     def make(path: str, spec: ParamSpec) -> DTensor:
         layout = rules.layout("store", names(spec.axes), spec.shape, mesh.shape, f"parameter {path!r}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.initial import BESIDE
 from mtl.checkpoint.contents import Contents
-from mtl.cli.hf import BESIDE
 from mtl.data import tokenizers
 from mtl.data.extra import need
 from mtl.errors import UserError

@@ -79,12 +79,12 @@ class Adapted:
         return getattr(self.model, name)
 
 
-def trained(model: Any, lora: Lora) -> Adapted:
+def trained(model: Any, lora: Lora) -> Any:
     """Give the model whose parameters are the adapters alone: what a step trains."""
     return Adapted(model, lambda config: adapter_specs(model.specs(config), lora))
 
 
-def frozen(model: Any, lora: Lora) -> Adapted:
+def frozen(model: Any, lora: Lora) -> Any:
     """Give the model whose parameters are those that stay: its own and the adapters' scales."""
 
     def declare(config: Any) -> tree.Tree:
@@ -94,7 +94,7 @@ def frozen(model: Any, lora: Lora) -> Adapted:
     return Adapted(model, declare)
 
 
-def whole(model: Any, lora: Lora) -> Adapted:
+def whole(model: Any, lora: Lora) -> Any:
     """Give the model with adapters in place: what evaluation and generation run."""
     return Adapted(model, lambda config: tree.join(frozen(model, lora).specs(config), trained(model, lora).specs(config)))
 

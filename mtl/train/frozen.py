@@ -12,12 +12,16 @@ from mtl.train.state import TrainState
 from mtl.train.step import Step
 
 
-def beside(step: Step, model: Model, config: Any, par: Parallel, precision: Precision, params: tree.Tree) -> Step:
-    """Make a step that trains beside frozen ``params``, DTensors at rest of ``model``'s specs.
+def hold(model: Model, config: Any, par: Parallel, precision: Precision, params: tree.Tree) -> tree.Tree:
+    """Bring ``params``, DTensors at rest of ``model``'s specs, to what a step takes: local, and in the type of products once and for all.
 
-    They are brought to the type of products once, and where the rules gather once a step they are gathered now.
+    Where the rules gather once a step they are gathered now.
     """
-    held = in_type(model.specs(config), in_use(model, config, par, precision, params), precision.compute)
+    return in_type(model.specs(config), in_use(model, config, par, precision, params), precision.compute)
+
+
+def beside(step: Step, held: tree.Tree) -> Step:
+    """Make a step that trains beside what `hold` gave."""
 
     def train_step(state: TrainState, batch: Batch) -> Any:
         return step(state, {**batch, "frozen": held})

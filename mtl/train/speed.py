@@ -27,17 +27,18 @@ PEAKS: Mapping[str, float] = MappingProxyType(
 """Dense bf16 peaks from the vendors' data sheets."""
 
 
-def flops_per_token(specs: Any, config: Any, seq_len: int, causal: bool = True) -> float:
+def flops_per_token(specs: Any, config: Any, seq_len: int, causal: bool = True, adapters: Any = None) -> float:
     """Count a training step's operations a token: 6 N plus attention's square, halved where causal.
 
     N is every parameter but the input embedding and learned positions; a tied head counts, since its product is computed. A sliding
-    window is not taken off.
+    window is not taken off. Where ``adapters`` (their specs) are trained alone, the model itself takes 4 N: it has no gradients of weights.
     """
     total = sum(math.prod(s.shape) for s in tree.leaves(specs))
     idle = math.prod(specs["embed"]["weight"].shape) * (0 if "head" not in specs else 1)
     idle += math.prod(specs["positions"]["weight"].shape) if "positions" in specs else 0
     square = 12.0 * config.layers * config.heads * config.head_size * seq_len
-    return 6.0 * (total - idle) + (square / 2 if causal else square)
+    thin = 0 if adapters is None else sum(math.prod(s.shape) for s in tree.leaves(adapters))
+    return (6.0 if adapters is None else 4.0) * (total - idle) + 6.0 * thin + (square / 2 if causal else square)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -21,7 +21,7 @@ from mtl.params import ParamSpec, count, decayed, init
 from mtl.precision import PRECISIONS
 from mtl.sharding.parallel import Parallel
 from mtl.train.evaluate import in_use, make_logits
-from mtl.train.frozen import beside
+from mtl.train.frozen import beside, hold
 from mtl.train.gradient import value_and_grad
 from mtl.train.loss import make_loss, parse_remat
 from mtl.train.state import init_state
@@ -56,7 +56,7 @@ def train(table: str, world: int, model: str, remat: str = "none", how: str = "n
     optimizer = adamw(decayed(specs))
     state = init_state(specs, par.rules, par.mesh, 8, FP64, optimizer)
     step = make_step(fns, config, par, optimizer, SCHEDULE, StepOptions(FP64, remat, how, "aot_eager", clip=0.5, seed=3))
-    step, found = beside(step, still, config, par, FP64, base), {}
+    step, found = beside(step, hold(still, config, par, FP64, base)), {}
     for i in range(3):
         state, metrics = step(state, batch(par, config, i, micro, model in ("mistral", "llama_tied")))
         found |= {f"loss.{i}": metrics["loss"], f"norm.{i}": metrics["grad_norm"]}

@@ -1,0 +1,112 @@
+"""Use low-rank adapters: `mtl lora merge ADAPTERS --base BASE --out CKPT`, and to PEFT by `mtl lora export ADAPTERS --out DIR`."""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import tyro
+
+import sharding_rules
+from experiments.initial import model_config, newest, open_start
+from mtl import checkpoint, tree
+from mtl.checkpoint.arrays import DTYPES
+from mtl.errors import UserError, unknown
+from mtl.lora.adapters import Lora, adapter_specs, merge, scale_specs
+from mtl.lora.peft import CONFIG, read_adapter, write_adapter
+from mtl.models import decoder
+from mtl.models.hf.family import write_config
+from mtl.params import abstract
+from mtl.runtime import process
+from mtl.sharding.mesh import MeshShape, make_mesh
+from mtl.sharding.shard_map import to_local
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Add adapters to the model they were trained beside, and write a plain checkpoint."""
+
+    adapters: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTERS")]
+    """A run with --lora.rank or one of its checkpoints, or a folder that PEFT wrote."""
+    out: Annotated[Path, tyro.conf.arg(metavar="CKPT")]
+    """The checkpoint to write; it must not exist."""
+    base: Annotated[str | None, tyro.conf.arg(metavar="hf:DIR")] = None
+    """The model beside: a folder of Hugging Face, or a checkpoint or run of mtl (its folder); by default what the run's --init was."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's adapters in PEFT's format."""
+
+    adapters: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTERS")]
+    """A run with --lora.rank, or one of its checkpoints."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """The folder to write; it must not exist, or be empty."""
+    base_name: str | None = None
+    """What adapter_config.json calls the model beside; by default the folder of the run's --init hf:DIR."""
+
+
+def main(arguments: list[str]) -> None:
+    """Run one of the two."""
+    known = {"merge": Merge, "export": Export}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{__doc__}\n\nusage: mtl lora merge|export ... (mtl lora merge --help says more)")
+        return
+    if arguments[0] not in known:
+        raise unknown("command of mtl lora", arguments[0], known)
+    kind: Any = known[arguments[0]]
+    at = dataclasses.replace(process.place(), device=torch.device("cpu"))
+    if at.world > 1:
+        raise UserError(f"mtl lora runs as one process, but {at.world} were started.")
+    settings = tyro.cli(kind, args=arguments[1:], prog=f"mtl lora {arguments[0]}")
+    print(merged(settings, at) if isinstance(settings, Merge) else exported(cast("Export", settings)))
+
+
+def merged(settings: Merge, at: process.Place) -> str:
+    """Write a checkpoint of the model with its adapters added."""
+    peft = (settings.adapters / CONFIG).exists()
+    contents = None if peft else checkpoint.inspect(newest(settings.adapters))
+    base = settings.base or (None if contents is None else contents.config.get("init"))
+    if base is None:
+        raise UserError("--base is missing: name the model that the adapters were trained beside (hf:DIR, or a checkpoint's folder).")
+    start = open_start(base)
+    if contents is None:
+        params, _ = read_adapter(settings.adapters, write_config(start.config, None)[0], start.config)
+    else:
+        params = adapters_of(contents, start.config)[0]
+    rules = sharding_rules.load("single")
+    with process.process_group(at), contextlib.nullcontext(make_mesh(MeshShape(), "cpu")) as mesh:
+        plain = tree.map(to_local, start.load(rules, mesh, torch.float32))
+        state, config = {"params": merge(tree.join(plain, params))}, {"model": dataclasses.asdict(start.config)}
+        checkpoint.save(settings.out, state, config=config, extra=start.beside)
+    return f"{settings.out}: {len(params['layers'])} adapted projections of {start.config.layers} layers merged into {base}"
+
+
+def exported(settings: Export) -> str:
+    """Write a PEFT folder."""
+    contents = checkpoint.inspect(newest(settings.adapters))
+    config = model_config(contents)
+    params, lora = adapters_of(contents, config)
+    source = json.loads(contents.read("_hf/config.json")) if "_hf/config.json" in contents.files else None
+    family, _ = write_config(config, source)
+    name = settings.base_name or (contents.config.get("init") or "").removeprefix("hf:")
+    write_adapter(settings.out, family, config, params, name)
+    return f"{settings.out}: adapters of rank {lora.rank} beside {', '.join(params['layers'])}"
+
+
+def adapters_of(contents: checkpoint.Contents, config: decoder.Config) -> tuple[dict[str, Any], Lora]:
+    """Read a checkpoint's adapters with their scales, as whole tensors, and the settings that declare them."""
+    said: Any = contents.config.get("lora") if isinstance(contents.config, Mapping) else None
+    if not isinstance(said, Mapping) or not said.get("rank"):
+        raise UserError(f"{contents.path} holds no adapters: its run had no --lora.rank.")
+    settings = cast("Mapping[str, Any]", said)
+    lora = Lora(int(settings["rank"]), float(settings["alpha"]), tuple(settings["targets"]))
+    specs = adapter_specs(decoder.specs(config), lora)
+    kind = DTYPES[next(info.dtype for name, info in contents.arrays.items() if name.startswith("params."))]
+    params = checkpoint.restore(contents.path, {"params": abstract(specs, kind)})["params"]
+    scales = tree.map(lambda s: torch.full(s.shape, s.fill, dtype=kind), scale_specs(specs, lora))
+    return tree.join(params, scales), lora

@@ -1,0 +1,118 @@
+"""LoRA from the command line: train beside a model of Hugging Face, resume, merge, export; PEFT and transformers judge."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mtl import checkpoint
+from mtl.cli import generate, hf, lora
+from mtl.errors import UserError
+from tests.compare import close
+
+ROOT = Path(__file__).parent.parent
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+FLAGS = ["--train.steps", "3", "--train.global-batch-size", "4", "--train.seq-len", "32", "--train.eval-samples", "2"]
+FLAGS += ["--optim.lr", "0.02", "--lora.rank", "3", "--lora.alpha", "6", "--lora.targets", "heads", "down", "--precision", "fp32"]
+
+
+def train(out: Path, *flags: str, processes: int = 1) -> str:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*(start if processes > 1 else [sys.executable]), "experiments/pretrain.py", "tiny", *FLAGS, "--out", str(out), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+    """Make a model of transformers, and a run that trains adapters beside it."""
+    place = tmp_path_factory.mktemp("lora")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape)).eval()
+    model.save_pretrained(place / "base")
+    return place, model, train(place / "run", "--init", f"hf:{place / 'base'}")
+
+
+def test_a_run_saves_the_adapters_alone(trained: tuple[Path, Any, str]) -> None:
+    place, _, said = trained
+    newest = place / "run" / "checkpoints" / "3"
+    names = [name for name in checkpoint.inspect(newest).arrays if name.startswith("params.")]
+    assert names and all(".lora." in name for name in names)
+    assert {name.split(".")[2] for name in names} == {"query", "out", "down"}
+    assert "parameters trained beside" in said
+    losses = [json.loads(line)["loss"] for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0] != losses[2]
+
+
+def test_merged_and_exported_agree_with_peft(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
+    place, model, _ = trained
+    lora.main(["export", str(place / "run"), "--out", str(tmp_path / "adapter")])
+    lora.main(["merge", str(place / "run"), "--out", str(tmp_path / "merged")])
+    lora.main(["merge", str(tmp_path / "adapter"), "--base", f"hf:{place / 'base'}", "--out", str(tmp_path / "again")])
+    for name in ("merged", "again"):
+        hf.main(["export", str(tmp_path / name), "--out", str(tmp_path / f"{name}-hf")])
+    with torch.no_grad():
+        plain = model(IDS).logits
+        want = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(place / "base").eval(), tmp_path / "adapter")(IDS).logits
+        assert (want - plain).abs().max() > 1e-3 * plain.abs().max(), "training did nothing"
+        for name in ("merged", "again"):
+            close(LlamaForCausalLM.from_pretrained(tmp_path / f"{name}-hf", dtype=torch.float32).eval()(IDS).logits, want, 1e-5)
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(place / "base")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_adapters(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
+    place, _, _ = trained
+    train(tmp_path / "two", "--init", f"hf:{place / 'base'}", "--mesh.tensor", "2", processes=2)
+
+    def losses(run: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    assert losses(tmp_path / "two") == pytest.approx(losses(place / "run"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_resumes(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
+    place, _, _ = trained
+    flags = ["--init", f"hf:{place / 'base'}", "--optim.schedule", "constant"]
+    train(tmp_path / "whole", *flags)
+    train(tmp_path / "parts", *flags, "--train.steps", "1")
+    train(tmp_path / "parts", *flags, "--resume", "must")
+    lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("whole", "parts")]
+    assert json.loads(lines[0])["loss"] == json.loads(lines[1])["loss"]
+
+
+Refusal = Callable[[Path], list[str]]
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (lambda p: ["merge", str(p / "plain"), "--base", f"hf:{p / 'base'}", "--out", str(p / "x")], "holds no adapters"),
+        (lambda p: ["export", str(p / "plain"), "--out", str(p / "x")], "holds no adapters"),
+        (lambda p: ["merge", str(p / "nothing"), "--base", "b", "--out", str(p / "x")], "nothing"),
+        (lambda p: ["export", str(p / "run"), "--out", str(p / "base")], "is not empty"),
+        (lambda p: ["split"], "unknown command"),
+    ],
+)
+def test_bad_input_ends_in_one_message(trained: tuple[Path, Any, str], command: Refusal, says: str) -> None:
+    place, _, _ = trained
+    if not (place / "plain").exists():
+        hf.main(["import", str(place / "base"), "--out", str(place / "plain")])
+    with pytest.raises(UserError, match=says):
+        lora.main(command(place))
+    assert not (place / "x").exists()
+
+
+def test_generate_names_what_adapters_lack(trained: tuple[Path, Any, str]) -> None:
+    with pytest.raises(UserError, match="mtl lora merge"):
+        generate.main([str(trained[0] / "run"), "--prompt-ids", "1"])
