@@ -172,6 +172,6 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.unlink()
     refused("does not exist")
     (theirs / "adapter_model.bin").touch()
-    refused("is a pickle")
+    refused("is pickled")
     (theirs / CONFIG).write_text("{")
     refused("cannot be read")

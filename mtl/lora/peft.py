@@ -214,7 +214,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / TENSORS
     if not path.exists():
         pickled = (folder / "adapter_model.bin").exists()
-        hint = " adapter_model.bin is a pickle, which is not read: save it again with safe_serialization=True." if pickled else ""
+        hint = " adapter_model.bin is pickled, which is not read: save it again with safe_serialization=True." if pickled else ""
         raise UserError(f"{path} does not exist.{hint}")
     try:
         return load_file(path)
