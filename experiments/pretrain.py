@@ -226,15 +226,12 @@ def run(
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": i * train.global_batch_size}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
     timing = pipelining.Timing(train.steps)
-    step = by_length(
-        par, lambda par: tuned.step(pipelining.make_steps(pipeline, model, par, optimizer, rate, options, timing, tuned.model))
-    )
-    begin = fresh if setup.lora.rank or work.begin is None else work.begin
+    step = by_length(par, lambda p: tuned.step(pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned.model)))
     keeper.extra = work.beside
     state = keeper.begin(
         steps, setup.resume,
         lambda: abstract_state(specs, rules, mesh, precision, optimizer),
-        lambda: begin(specs=specs, rules=rules, mesh=mesh, precision=precision, optimizer=optimizer),
+        lambda: tuned.begin(fresh, work.begin)(specs=specs, rules=rules, mesh=mesh, precision=precision, optimizer=optimizer),
     )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
     log = RunLog(folder, at.rank == 0, train.steps, wandb and wandb | {"id": keeper.run_id, "resume": "allow"}, keeper.first)

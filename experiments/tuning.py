@@ -27,6 +27,10 @@ class Tuning(NamedTuple):
         """Let a step run beside the parameters that stay."""
         return step if self.held is None else beside(step, self.held)
 
+    def begin(self, fresh: Any, given: Any) -> Any:
+        """Choose what makes the first state: with adapters they are fresh, and what was given has made the parameters that stay."""
+        return fresh if self.frozen is not None or given is None else given
+
     def params(self, trained: Any) -> Any:
         """Put what is trained and what stays together."""
         return tree.join(self.frozen, trained)
