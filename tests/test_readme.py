@@ -112,6 +112,7 @@ def test_commands_can_run(page: Path, words: list[str], tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     _, setup = pretrain.read_settings(words[script + 1 :])
     rules, shape = pretrain.choose_layout(setup, math.prod(counts))
+    setup = pretrain.with_micro_batch(setup, rules, shape)
     pretrain.check(setup, rules, shape, PRECISIONS["fp32"], torch.device("cpu"))
 
 
