@@ -251,6 +251,8 @@ def plan(setup: Experiment, job: Job, device: hardware.Device | None) -> Plan:
 def check_sizes(setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int]) -> None:
     """Refuse a mesh that does not divide the model, the batch or the sequence."""
     train = setup.train
+    if shape.pipe > 1:
+        raise UserError(f"the mesh {shape} has pipe={shape.pipe}: plans do not cover pipelines. Leave pipe out.")
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     BatchShape(train.global_batch_size, train.micro_batch_size or 1, train.seq_len).check(rows)
     if setup.model.positions == "learned" and train.seq_len > setup.model.max_positions:
