@@ -25,6 +25,10 @@ class Run:
         """What they have printed."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
+    def started(self) -> bool:
+        """Whether all processes have come as far as to catch signals."""
+        return all(Path(f"{self.output}.{rank}").exists() for rank in range(len(self.pids)))
+
     def signal(self, number: int, ranks: list[int] | None = None) -> None:
         """Send a signal to some ranks, by default to all."""
         for i in ranks if ranks is not None else range(len(self.pids)):
@@ -79,7 +83,11 @@ def _free_port() -> int:
 
 
 def _child(order: Any, rank: int) -> None:
-    """Be one process of a run."""
+    """Be one process of a run; a file says when it catches signals, as pretrain.py does from its first line on."""
+    from mtl.runtime import signals
+
+    caught = signals.install()
+    Path(f"{order['output']}.{rank}").touch()
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
@@ -87,9 +95,6 @@ def _child(order: Any, rank: int) -> None:
     if world > 1:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
         os.environ.update({name: str(value) for name, value in place.items()})
-    from mtl.runtime import signals
-
-    caught = signals.install()
     sys.argv = ["pretrain.py", *order["arguments"]]
     from experiments import pretrain
     from mtl.runtime import process
