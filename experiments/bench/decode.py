@@ -1,5 +1,6 @@
 """Time decoding beside transformers (static cache, compiled) and the memory's bound: `python experiments/bench/decode.py [--tiny]`."""
 
+import importlib
 import time
 from typing import Any
 
@@ -7,7 +8,6 @@ import torch
 
 import sharding_rules
 from experiments.presets import PRESETS
-from mtl import tree
 from mtl.errors import UserError
 from mtl.generate.decode import generate
 from mtl.generate.memory import cache_bytes
@@ -47,7 +47,7 @@ def main() -> None:
 def time_ours(config: Config, device: torch.device, batch: int, prompt: int, new: int) -> float:
     """Give tokens a second after the first two steps, which compile."""
     mesh, rules = make_mesh(MeshShape(), device.type), sharding_rules.load("single")
-    params = tree.map(lambda p: p * 1.0, init(decoder.specs(config), rules, mesh, 0, torch.bfloat16))
+    params = init(decoder.specs(config), rules, mesh, 0, torch.bfloat16)
     backend = "inductor" if device.type == "cuda" else None
     prompts = [[(7 * i + j) % config.vocab for j in range(prompt)] for i in range(batch)]
     begin = 0.0
@@ -58,8 +58,7 @@ def time_ours(config: Config, device: torch.device, batch: int, prompt: int, new
 
 def time_theirs(config: Config, device: torch.device, batch: int, prompt: int, new: int) -> float:
     """Give transformers' tokens a second, as the difference of a long and a short generation, both compiled before."""
-    import transformers
-
+    transformers: Any = importlib.import_module("transformers")
     like: Any = transformers.LlamaConfig(
         vocab_size=config.vocab, hidden_size=config.embed, intermediate_size=config.mlp, num_hidden_layers=config.layers,
         num_attention_heads=config.heads, num_key_value_heads=config.kv_heads, head_dim=config.head_size, rope_theta=config.rope_theta,
