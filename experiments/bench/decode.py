@@ -65,7 +65,7 @@ def time_theirs(config: Config, device: torch.device, batch: int, prompt: int, n
         max_position_embeddings=8192,
     )  # fmt: skip
     with device:
-        model: Any = transformers.LlamaForCausalLM._from_config(like, dtype=torch.bfloat16).eval()
+        model: Any = transformers.LlamaForCausalLM._from_config(like, dtype=torch.bfloat16).train(False)
     ids = torch.arange(batch * prompt, device=device).reshape(batch, prompt) % config.vocab
     how: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     if device.type == "cuda":
