@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mtl.cli import data
 from mtl.data.indexed import open_indexed
-from mtl.data.shards import open_corpus
+from mtl.data.shards import map_tokens, open_readable
 from mtl.errors import UserError
 from tests import vocabularies
 
@@ -422,11 +422,13 @@ def test_shards_of_other_projects(here: Path, capsys: pytest.CaptureFixture[str]
     head[:3] = 20240520, 1, 1000
     Path("b.bin").write_bytes(head.tobytes() + tokens.tobytes())
     for name, dtype in (("a.npy", None), ("a.npy", "uint16"), ("a.bin", "uint16"), ("b.bin", None)):
-        corpus = open_corpus(name, dtype)
+        corpus = open_readable(Path(name), dtype)
         assert corpus.tokens.tolist() == list(range(1000))
         assert (corpus.documents, corpus.document(0).tolist(), corpus.holding(999)) == (1, list(range(1000)), 0)
     tokens.tofile("raw.npy")
-    assert open_corpus("raw.npy", "uint16").total == 1000
+    assert len(map_tokens("raw.npy", "uint16")) == 1000
+    Path("c.bin").write_bytes(bytes(6) + tokens.tobytes())
+    assert map_tokens("c.bin", "uint16", 6).tolist() == list(range(1000))
     data.main(["inspect", "a.bin", "--dtype", "uint16"])
     assert "1,000 tokens of uint16" in capsys.readouterr().out
     np.save("float.npy", np.zeros(3))
@@ -436,10 +438,11 @@ def test_shards_of_other_projects(here: Path, capsys: pytest.CaptureFixture[str]
     Path("odd.bin").write_bytes(bytes(5))
     Path("empty.bin").write_bytes(b"")
     for name, dtype, says in (
-        ("a.bin", None, "give their type"), ("a.npy", "int32", "by its own header"), ("b.bin", "int32", "by its own header"),
-        ("float.npy", None, "whole numbers"), ("square.npy", None, "one row"), ("objects.npy", None, "plain numbers"),
-        ("cut.npy", None, "cut.npy"), ("odd.bin", "uint16", "no whole number"), ("empty.bin", "uint16", "no tokens"),
-        ("a.bin", "float32", "no integer type"), ("a.bin", "word", "no integer type"), ("nothing.bin", "uint16", "that exists"),
+        ("a.bin", None, "no a.idx beside it .* data.dtype"), ("a.npy", "int32", "by its own header"),
+        ("b.bin", "int32", "by its own header"), ("float.npy", None, "whole numbers"), ("square.npy", None, "one row"),
+        ("objects.npy", None, "plain numbers"), ("cut.npy", None, "cut.npy"), ("odd.bin", "uint16", "no whole number"),
+        ("empty.bin", "uint16", "no tokens"), ("a.bin", "float32", "data.dtype is"), ("a.bin", "word", "data.dtype is"),
+        ("nothing.bin", "uint16", "cannot be read: No such file"), ("nothing", None, "nothing.idx does not exist"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=says):
-            open_corpus(name, dtype)
+            open_readable(Path(name), dtype)

@@ -127,7 +127,7 @@ def test_files_split_by_documents_and_arrays_by_tokens(tmp_path: Path) -> None:
         ("x.bin", b"1234", {"dtype": "uint12"}, "data.dtype is 'uint12': known are"),
         ("x.bin", b"1234", {"dtype": "uint16", "skip_bytes": 9}, "has 4 bytes: after 9"),
         ("gone", None, {}, "gone.idx does not exist"),
-        ("gone.npy", None, {}, "cannot be read as a .npy array"),
+        ("gone.npy", None, {}, "cannot be read: No such file"),
         ("gone.bin", None, {"dtype": "uint16"}, "cannot be read: No such file"),
     ],
 )

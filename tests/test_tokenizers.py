@@ -22,6 +22,7 @@ from tokenizers import pre_tokenizers
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from mtl.data import tokenizers
+from mtl.data.tokenizers.byte_level import BORDER
 from mtl.errors import UserError
 from tests import vocabularies
 
@@ -131,6 +132,15 @@ def test_gpt2_on_any_text(gpt2_files: dict[str, Path], text: str) -> None:
     _kept["t"] = t
     assert t.encode(text) == gpt2_slowly(text, **gpt2_files)
     assert t.decode(t.encode(text)) == text
+
+
+def test_many_texts_at_once_are_each_text_alone(gpt2_files: dict[str, Path]) -> None:
+    t = tokenizers.load("gpt2", **gpt2_files)
+    pieces = ["", " ", "  ", "\n", "a", " b", "'s", BORDER[:-1], BORDER[1:], BORDER[:5], BORDER[5:], "1"]
+    draw = random.Random(0)
+    for _ in range(200):
+        texts = ["".join(draw.choice(pieces) for _ in range(draw.randrange(4))) for _ in range(draw.randrange(8))]
+        assert [ids.tolist() for ids in t.encode_batch(texts)] == [gpt2_slowly(text, **gpt2_files) for text in texts], texts
 
 
 _kept: dict[str, tokenizers.Tokenizer] = {}

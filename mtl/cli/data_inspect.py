@@ -12,7 +12,7 @@ import tyro
 from mtl.cli.bytes_bar import BytesBar
 from mtl.cli.tokenizer_flags import TokenizerFlags
 from mtl.data.indexed import Indexed
-from mtl.data.shards import open_corpus
+from mtl.data.shards import open_readable
 from mtl.data.statistics import Lengths, bars, document_lengths, picture
 from mtl.data.tokenizers import Description, Tokenizer, beside, describe, read, reopen
 from mtl.errors import UserError
@@ -44,7 +44,7 @@ class Inspect:
 def main(arguments: list[str]) -> None:
     """Look into a corpus."""
     flags = tyro.cli(tyro.conf.OmitArgPrefixes[Inspect], args=arguments, prog="mtl data inspect")
-    corpus = open_corpus(flags.corpus, flags.dtype)
+    corpus = open_readable(flags.corpus, flags.dtype)
     tokenizer, description, trouble = _tokenizer(flags)
     if flags.document is not None:
         if not 0 <= flags.document < corpus.documents:

@@ -5,17 +5,16 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from mtl.data.indexed import DTYPES, Indexed, bin_path, idx_path, open_indexed
+from mtl.data.indexed import Indexed, idx_path, open_indexed
+from mtl.data.shards import map_tokens
 from mtl.errors import UserError
 
 Array = npt.NDArray[Any]
-SHARD_DTYPES = {d.name: d for d in DTYPES.values() if d.kind in "iu"} | {"uint32": np.dtype("<u4")}
 
 
 class Corpus(Protocol):
@@ -186,35 +185,6 @@ def open_corpus(path: str, bounds: tuple[float, float] | None = (0.0, 1.0), dtyp
         if whole.dtype.kind not in "iu":
             raise UserError(f"{idx_path(prefix)} holds elements of type {whole.dtype.name}: tokens must be whole numbers.")
         return Part(whole, *share(whole.sequences, bounds))
-    tokens = _npy(path) if path.endswith(".npy") else _plain(path, dtype, skip_bytes)
+    tokens = map_tokens(path if path.endswith((".npy", ".bin")) else f"{path}.bin", dtype, skip_bytes)
     first, stop = share(len(tokens), bounds)
     return Shard(tokens[first:stop])
-
-
-def _npy(path: str) -> Array:
-    try:
-        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} cannot be read as a .npy array of tokens: {error}.") from None
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(f"{path} holds {tokens.dtype} of shape {tokens.shape}: tokens must be one row of whole numbers.")
-    return tokens.view(np.ndarray)
-
-
-def _plain(path: str, dtype: str | None, skip_bytes: int) -> Array:
-    if dtype is None:
-        raise UserError(
-            f"{path} has no {idx_path(path[:-4]).name} beside it. Give a corpus's prefix, or data.dtype (such as uint16) for a plain "
-            "array of tokens."
-        )
-    if dtype not in SHARD_DTYPES:
-        raise UserError(f"data.dtype is {dtype!r}: known are {', '.join(SHARD_DTYPES)}.")
-    file = Path(path) if path.endswith(".bin") else bin_path(path)
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-    kind = SHARD_DTYPES[dtype]
-    if skip_bytes < 0 or size <= skip_bytes or (size - skip_bytes) % kind.itemsize:
-        raise UserError(f"{file} has {size} bytes: after {skip_bytes} (data.skip-bytes) that is no whole number of {dtype} tokens.")
-    return np.memmap(file, mode="r", dtype=kind, offset=skip_bytes).view(np.ndarray)

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from mtl.data.extra import need
-from mtl.data.tokenizers.byte_level import BYTE_OF, as_bytes, encode_all, encoder, identity, missing_bytes
-from mtl.data.tokenizers.tokenizer import as_arrays
-from mtl.data.tokenizers.vocabulary import Ids, Vocabulary, named_roles, read_json, read_text
+from mtl.data.tokenizers.byte_level import BYTE_OF, as_bytes, encode_all, encoder, missing_bytes
+from mtl.data.tokenizers.vocabulary import Flat, Vocabulary, flatten, named_roles, read_json, read_text
 from mtl.errors import UserError
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -32,10 +31,10 @@ def open_gpt2(vocab: Path, merges: Path) -> Vocabulary:
     slow = _by_merges(ids, pairs)
     encode = _by_ranks(ids, pairs) if len(known) == 256 and _ranks_suffice(slow, ids, pairs) else None
 
-    def encode_slowly(texts: Sequence[str]) -> list[Ids]:
+    def encode_slowly(texts: Sequence[str]) -> Flat:
         if len(known) < 256:
             missing_bytes(known, texts)
-        return as_arrays(e.ids for e in slow.encode_batch_fast(list(texts), add_special_tokens=False))
+        return flatten(e.ids for e in slow.encode_batch_fast(list(texts), add_special_tokens=False))
 
     return Vocabulary(size, encode or encode_slowly, decode, special, named_roles(special), special.get)
 
@@ -79,8 +78,8 @@ def _by_ranks(ids: Mapping[str, int], pairs: list[tuple[str, str]]) -> Any:
     order = [*BYTE_OF, *(a + b for a, b in pairs)]
     core = encoder({as_bytes(name) or b"": rank for rank, name in enumerate(order)}, PATTERN)
     table = np.array([ids[name] for name in order], dtype=np.int32)
-    given = None if identity(table) else table
-    return lambda texts: encode_all(core, texts, given)
+    given = None if (table == np.arange(len(order))).all() else table
+    return lambda texts: encode_all(core, len(order), texts, given)
 
 
 def _ranks_suffice(slow: Any, ids: Mapping[str, int], pairs: list[tuple[str, str]]) -> bool:

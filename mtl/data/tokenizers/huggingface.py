@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.data.extra import need
-from mtl.data.tokenizers.tokenizer import as_arrays
-from mtl.data.tokenizers.vocabulary import Ids, Vocabulary, named_roles, read_json
+from mtl.data.tokenizers.vocabulary import Flat, Vocabulary, flatten, named_roles, read_json
 from mtl.errors import UserError
 
 
@@ -26,8 +25,8 @@ def open_huggingface(model: Path) -> Vocabulary:
     special = {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
     roles = {**named_roles(special), **_roles(model.with_name("tokenizer_config.json"), special)}
 
-    def encode(texts: Sequence[str]) -> list[Ids]:
-        return as_arrays(e.ids for e in inner.encode_batch_fast(list(texts), add_special_tokens=False))
+    def encode(texts: Sequence[str]) -> Flat:
+        return flatten(e.ids for e in inner.encode_batch_fast(list(texts), add_special_tokens=False))
 
     return Vocabulary(size, encode, lambda ids: inner.decode(ids, skip_special_tokens=False), special, roles, inner.token_to_id)
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.data.extra import need
-from mtl.data.tokenizers.tokenizer import as_arrays
-from mtl.data.tokenizers.vocabulary import Ids, Vocabulary
+from mtl.data.tokenizers.vocabulary import Flat, Vocabulary, flatten
 from mtl.errors import UserError
 
 
@@ -25,8 +24,8 @@ def open_sentencepiece(model: Path) -> Vocabulary:
     ids = {"eod": processor.eos_id(), "bos": processor.bos_id(), "pad": processor.pad_id()}
     roles = {role: processor.id_to_piece(i) for role, i in ids.items() if i >= 0}
 
-    def encode(texts: Sequence[str]) -> list[Ids]:
-        return as_arrays(processor.encode(text, out_type=int) for text in texts)
+    def encode(texts: Sequence[str]) -> Flat:
+        return flatten(processor.encode(text, out_type=int) for text in texts)
 
     def lookup(name: str) -> int | None:
         i = processor.piece_to_id(name)

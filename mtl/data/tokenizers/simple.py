@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtl.data.tokenizers.vocabulary import Ids, Vocabulary
+from mtl.data.tokenizers.vocabulary import Flat, Ids, Vocabulary, flatten
 from mtl.errors import UserError
 
 END = "<eod>"
@@ -13,8 +13,9 @@ END = "<eod>"
 def open_bytes() -> Vocabulary:
     """Ids 0..255 are bytes, 256 ends a document."""
 
-    def encode(texts: Sequence[str]) -> list[Ids]:
-        return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
+    def encode(texts: Sequence[str]) -> Flat:
+        parts = [text.encode("utf-8") for text in texts]
+        return np.frombuffer(b"".join(parts), dtype=np.uint8), np.array([len(p) for p in parts], dtype=np.int64)
 
     return Vocabulary(257, encode, lambda ids: bytes(ids).decode("utf-8", "replace"), {END: 256}, {"eod": END})
 
@@ -24,8 +25,8 @@ def open_null(vocab_size: int) -> Vocabulary:
     if not 1 <= vocab_size < 2**31 - 1:
         raise UserError(f"--vocab-size is {vocab_size}: it must be from 1 to {2**31 - 2}.")
 
-    def encode(texts: Sequence[str]) -> list[Ids]:
-        return [_numbers(text, vocab_size) for text in texts]
+    def encode(texts: Sequence[str]) -> Flat:
+        return flatten(_numbers(text, vocab_size) for text in texts)
 
     return Vocabulary(vocab_size + 1, encode, lambda ids: " ".join(map(str, ids)), {END: vocab_size}, {"eod": END})
 

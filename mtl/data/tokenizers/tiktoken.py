@@ -47,13 +47,14 @@ def open_tiktoken(model: Path, pattern: str | None = None) -> Vocabulary:
     ranks = _read_ranks(model)
     special = KNOWN.get((name, len(ranks)), {})
     core = encoder(ranks, PATTERNS.get(name, name))
+    border = max(ranks.values()) + 1
     pieces = {rank: piece for piece, rank in ranks.items()}
     size = max([*pieces, *special.values()]) + 1
 
     def decode(ids: list[int]) -> str:
         return b"".join(pieces.get(i, b"") for i in ids).decode("utf-8", "replace")
 
-    return Vocabulary(size, lambda texts: encode_all(core, texts), decode, special, named_roles(special))
+    return Vocabulary(size, lambda texts: encode_all(core, border, texts), decode, special, named_roles(special))
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:

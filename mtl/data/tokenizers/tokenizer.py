@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mtl.data.tokenizers.vocabulary import Ids, Vocabulary
+from mtl.data.tokenizers.vocabulary import Flat, Ids, Vocabulary
 from mtl.errors import UserError
 
 
@@ -50,7 +50,12 @@ class Tokenizer:
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """Give the ids of many texts, each as an array of integers: the fast way."""
+        """Give the ids of many texts, each as an array."""
+        ids, lengths = self.encode_flat(texts)
+        return np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> Flat:
+        """Give the ids of many texts, one text after another, and how many each has: the fast way."""
         return self.vocabulary.encode(texts)
 
     def encode_marked(self, text: str) -> list[int]:
@@ -117,8 +122,3 @@ def assign(tokenizer: Tokenizer, roles: Mapping[str, str | None]) -> Tokenizer:
             raise UserError(f"--pad {given['pad']} is the end-of-document token too: padding needs a token of its own, such as <pad>.")
         del whole["pad"]
     return replace(tokenizer, roles=whole)
-
-
-def as_arrays(lists: Iterable[Sequence[int]]) -> list[Ids]:
-    """Turn lists of ids into arrays."""
-    return [np.asarray(ids, dtype=np.int32) for ids in lists]

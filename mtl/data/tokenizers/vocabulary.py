@@ -1,7 +1,7 @@
 """What one tokenizer library gives, before special tokens are added: every kind of tokenizer is a function that makes this."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ import numpy.typing as npt
 from mtl.errors import UserError
 
 Ids = npt.NDArray[np.integer[Any]]
+Flat = tuple[Ids, Ids]
+"""The ids of several texts, one text after another, and how many ids each text has."""
 
 NAMES = {
     "eod": ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<|eot_id|>", "<|im_end|>", "[EOS]", "[SEP]"),
@@ -26,7 +28,7 @@ class Vocabulary:
     """Ids 0..size-1, how plain text becomes ids, and how ids that are not special become text."""
 
     size: int
-    encode: Callable[[Sequence[str]], list[Ids]]
+    encode: Callable[[Sequence[str]], Flat]
     decode: Callable[[list[int]], str]
     special: Mapping[str, int] = field(default_factory=dict[str, int])
     """Tokens that stand for no text."""
@@ -34,6 +36,13 @@ class Vocabulary:
     """Which special token is the end of a document (eod), the beginning (bos), the padding (pad), as far as the files say."""
     lookup: Callable[[str], int | None] = lambda name: None
     """Find a piece of the vocabulary by its name."""
+
+
+def flatten(lists: Iterable[Sequence[int] | Ids]) -> Flat:
+    """Join the ids of several texts."""
+    parts = [np.asarray(ids, dtype=np.int32) for ids in lists]
+    lengths = np.array([len(p) for p in parts], dtype=np.int64)
+    return (np.concatenate(parts) if parts else np.zeros(0, np.int32)), lengths
 
 
 def named_roles(special: Mapping[str, int]) -> dict[str, str]:

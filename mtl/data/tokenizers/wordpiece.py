@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mtl.data.extra import need
-from mtl.data.tokenizers.tokenizer import as_arrays
-from mtl.data.tokenizers.vocabulary import Ids, Vocabulary, named_roles, read_text
+from mtl.data.tokenizers.vocabulary import Flat, Vocabulary, flatten, named_roles, read_text
 from mtl.errors import UserError
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[BOS]", "[EOS]")
@@ -36,8 +35,8 @@ def _open(path: Path, lowercase: bool) -> Vocabulary:
     inner.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
     inner.decoder = library.decoders.WordPiece(prefix="##")
 
-    def encode(texts: Sequence[str]) -> list[Ids]:
-        return as_arrays(e.ids for e in inner.encode_batch_fast(list(texts), add_special_tokens=False))
+    def encode(texts: Sequence[str]) -> Flat:
+        return flatten(e.ids for e in inner.encode_batch_fast(list(texts), add_special_tokens=False))
 
     special = {name: ids[name] for name in SPECIAL if name in ids}
     return Vocabulary(len(pieces), encode, inner.decode, special, named_roles(special), ids.get)
