@@ -17,9 +17,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mtl.cli import data
+from mtl.data import tokenizers
+from mtl.data.build import Job
+from mtl.data.build import build as run
 from mtl.data.indexed import open_indexed
 from mtl.data.shards import map_tokens, open_readable
 from mtl.errors import UserError
@@ -27,6 +32,10 @@ from tests import vocabularies
 
 ODD = ["Hello world", "", "wörld \U0001f642 日本\nnext line", "<|endoftext|> is text", "  spaces \t\r\n", "x" * 5000]
 TEXTS = ODD + vocabularies.TEXT[:20]
+
+
+JSON_PIECES = [b'{"text": "', b'"}', b'{"text": "1"}\n', b'{"text": ""}\n', b"null", b"[", b"{}", b"\\ud800"]
+PIECES = [*JSON_PIECES, b"\n", b"\r\n", b" ", b"\xef\xbb\xbf", b"\xff"]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +171,58 @@ def test_whole_text_files(here: Path) -> None:
     (here / "b.txt").write_bytes(b"three")
     build("--input", "a.txt", "b.txt", "--output", "P", "--tokenizer", "bytes", "--txt", "file", "--append-eod")
     assert documents() == [[*"one\r\n\r\ntwo é\n".encode(), 256], [*b"three", 256]]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=6), max_size=12).map(b"".join), st.sampled_from(["", ".gz", ".zst"]))
+def test_any_bytes_as_lines(here: Path, content: bytes, packed: str) -> None:
+    """Whatever a .jsonl holds: the rows that are documents are built, the others counted, none invented."""
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packed]
+    (here / f"X.jsonl{packed}").write_bytes(pack(content))
+    good, bad = [], 0
+    for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        try:
+            text = line.decode("utf-8")
+            if not text.strip(" \t\r"):
+                continue
+            row = json.loads(text)
+            good.append(row["text"].encode())
+        except (ValueError, TypeError, KeyError, AttributeError):
+            bad += 1
+    job = Job((here / f"X.jsonl{packed}",), here / "P", on_error="skip", overwrite=True)
+    if any(good):
+        assert run(job, tokenizers.load("bytes")).skipped == bad
+        assert [bytes(d) for d in documents()] == good
+    else:
+        with pytest.raises(UserError, match="no text"):
+            run(job, tokenizers.load("bytes"))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_packed_files_are_refused_or_read_right(here: Path, data: st.DataObject) -> None:
+    """Change or cut a compressed file or a parquet file anywhere: one message, or (a byte that nobody reads) the right corpus."""
+    kind = data.draw(st.sampled_from(["jsonl.gz", "jsonl.zst", "parquet"]))
+    texts = [f"{i}" * 3 for i in range(50)]
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), here / "X.parquet", write_page_checksum=True)
+        whole = (here / "X.parquet").read_bytes()
+    elif kind == "jsonl.gz":
+        whole = gzip.compress(lines(texts).encode())
+    else:
+        whole = zstandard.ZstdCompressor(write_checksum=True).compress(lines(texts).encode())
+    at = data.draw(st.integers(0, len(whole) - 1))
+    cut = data.draw(st.booleans())
+    changed = b"" if cut else bytes([whole[at] ^ data.draw(st.integers(1, 255))]) + whole[at + 1 :]
+    (here / f"X.{kind}").write_bytes(whole[:at] + changed)
+    job = Job((here / f"X.{kind}",), here / "P", overwrite=True)
+    try:
+        run(job, tokenizers.load("bytes"))
+    except UserError:
+        return
+    assert not cut
+    if kind != "parquet":  # parquet's own metadata (counts, statistics, names) carries no checksum
+        assert [bytes(d).decode() for d in documents()] == texts
 
 
 def test_key_choice(here: Path) -> None:
@@ -371,6 +432,15 @@ def test_merge(here: Path) -> None:
         with pytest.raises(UserError, match=says):
             data.main(["merge", "--input", *words])
     assert files("C") == expected([[], [], [], [[8]]])
+
+
+def test_a_replaced_corpus_loses_its_description(here: Path) -> None:
+    (here / "A.jsonl").write_text(lines(["1"]))
+    for name in ("A", "M"):
+        build("--input", "A.jsonl", "--output", name, "--tokenizer", "null", "--vocab-size", "1000")
+    (here / "A.tokenizer.json").unlink()
+    data.main(["merge", "--input", "A", "A", "--output", "M", "--overwrite"])
+    assert names(here) == ["A.bin", "A.idx", "A.jsonl", "M.bin", "M.idx"]
 
 
 def test_merge_in_small_pieces(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

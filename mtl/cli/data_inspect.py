@@ -51,16 +51,25 @@ def main(arguments: list[str]) -> None:
             raise UserError(f"--document {flags.document}: {flags.corpus} has documents 0 to {corpus.documents - 1}.")
         print(_text(corpus, flags.document, tokenizer, None))
         return
+    if flags.samples < 0:
+        raise UserError(f"--samples is {flags.samples}: it must not be negative.")
     if flags.picture and flags.picture.suffix != ".svg":
         raise UserError(f"--picture {flags.picture}: the picture is an .svg file; name it so.")
     lengths = document_lengths(corpus)
     report = _report(flags, corpus, lengths, tokenizer, description)
     if flags.picture:
-        flags.picture.write_text(picture(lengths, f"{flags.corpus.name}: tokens a document"))
+        _draw(flags.picture, picture(lengths, f"{flags.corpus.name}: tokens a document"))
     if flags.json:
         print(json.dumps(report))
     else:
         _print(report, bars(lengths), trouble)
+
+
+def _draw(path: Path, drawn: str) -> None:
+    try:
+        path.write_text(drawn)
+    except OSError as error:
+        raise UserError(f"--picture {path} cannot be written: {error.strerror}.") from None
 
 
 def _tokenizer(flags: Inspect) -> tuple[Tokenizer | None, Description | None, str]:

@@ -93,6 +93,8 @@ def build(job: Job, tokenizer: Tokenizer, show: Callable[[Progress], None] = lam
             writer.close()
         else:
             writer.abandon()
+        if isinstance(error, OSError):
+            raise UserError(f"building {job.output} failed: {error}. Mend that and repeat the command.") from None
         raise
     return at
 

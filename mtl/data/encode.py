@@ -48,6 +48,8 @@ def encode_block(block: Block, tokenizer: Tokenizer, key: str, append_eod: bool,
             documents.append(texts)
             numbers.append(number)
     (ids, lengths), documents = _encode(documents, numbers, tokenizer, errors)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < tokenizer.vocab_size:
+        raise RuntimeError(f"tokenizer {tokenizer.kind!r} gave ids from {ids.min()} to {ids.max()} of {tokenizer.vocab_size}")
     owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])[lengths > 0]
     lengths = lengths[lengths > 0]
     counts = np.bincount(owner, minlength=len(documents))

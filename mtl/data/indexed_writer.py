@@ -82,20 +82,26 @@ class IndexedWriter:
             os.fsync(file.fileno())
         return self.written
 
-    def finish(self, beside: Mapping[str, str] | None = None) -> None:
-        """Write the index, then give the files their names, the index last; ``beside`` maps suffixes to texts that go with them."""
+    def finish(self, beside: Mapping[str, str | None] | None = None) -> None:
+        """Write the index, then give the files their names, the index last.
+
+        ``beside`` maps suffixes to texts that go with the corpus; None removes what an older corpus of that name had.
+        """
         self.flush()
         index = self.folder / "index"
         with index.open("wb") as file:
             self._write_index(file)
             file.flush()
             os.fsync(file.fileno())
-        for suffix, text in (beside or {}).items():
+        texts = {suffix: text for suffix, text in (beside or {}).items() if text is not None}
+        for suffix, text in texts.items():
             (self.folder / f"beside{suffix}").write_text(text)
         self._check_free()
         idx_path(self.prefix).unlink(missing_ok=True)  # from here on an old corpus of that name does not load
         (self.folder / "tokens").replace(bin_path(self.prefix))
         for suffix in beside or {}:
+            Path(f"{self.prefix}{suffix}").unlink(missing_ok=True)
+        for suffix in texts:
             (self.folder / f"beside{suffix}").replace(f"{self.prefix}{suffix}")
         index.replace(idx_path(self.prefix))
         _sync_folder(idx_path(self.prefix).parent)

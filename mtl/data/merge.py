@@ -41,9 +41,11 @@ def merge(
             for begin, end in _pieces(corpus):
                 done += _copy(writer, corpus, begin, end)
                 show(done, total)
-        writer.finish({SUFFIX: text} if text else {})
-    except BaseException:
+        writer.finish({SUFFIX: text})
+    except BaseException as error:
         writer.abandon()
+        if isinstance(error, OSError):
+            raise UserError(f"merging into {output} failed: {error}. Nothing was changed.") from None
         raise
     return writer.written
 

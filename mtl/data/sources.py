@@ -155,10 +155,21 @@ def _columns(path: Path, key: str, begin: Place, done: int) -> Iterator[Block]:
                     row += count
                     continue
                 for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=[key]):
-                    values = batch.column(0).to_pylist()[max(begin.row - row, 0) :]
+                    values = _as_bytes(arrow, batch.column(0)).to_pylist()[max(begin.row - row, 0) :]
                     first, row = row + batch.num_rows - len(values), row + batch.num_rows
                     if values:
                         after = Place(begin.source, row)
                         yield Block(path, "parquet", first, values, batch.column(0).nbytes, after, done + int(row * share))
-    except (arrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"--input {path} is no parquet file that can be read, after row {row:,}: {error}.") from None
+
+
+def _as_bytes(arrow: Any, column: Any) -> Any:
+    """Give text as bytes, so that a row that is not UTF-8 is found as a row."""
+    if arrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if arrow.types.is_large_string(column.type):
+        return column.cast(arrow.large_binary())
+    return column.cast(arrow.binary()) if arrow.types.is_string(column.type) else column
