@@ -14,6 +14,8 @@ from mtl.data import tokenizers
 from mtl.data.extra import need
 from mtl.errors import UserError
 
+OWN = "_tokenizer.json"
+"""The description of the tokenizer that a run was trained with, where it is not its model's."""
 EMPTY: Mapping[str, Any] = {}
 
 
@@ -35,7 +37,11 @@ def language(contents: Contents, given: str | None, vocab: int) -> Language:
             if name.startswith(BESIDE):
                 (folder / name.removeprefix(BESIDE)).write_bytes(contents.read(name))
         ends = end_tokens(folder)
-        if given == "bytes" or (given is None and not any(folder.iterdir()) and _is_bytes(contents)):
+        if given is None and OWN in contents.files:
+            (folder / OWN).write_bytes(contents.read(OWN))
+            said = tokenizers.read(folder / OWN)
+            found = _none(contents.path) if said is None else _plain(tokenizers.reopen(said), False)
+        elif given == "bytes" or (given is None and not any(folder.iterdir()) and _is_bytes(contents)):
             found = _plain(tokenizers.load("bytes"), False)
         elif given is not None and not Path(given).is_dir():
             raise UserError(f"--tokenizer {given} is no folder: expected one with a tokenizer's files, or bytes.")
