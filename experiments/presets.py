@@ -1,6 +1,7 @@
 """Presets: a model and settings that suit it, by name."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from experiments.settings import Experiment, OptimSettings, TrainSettings
@@ -44,6 +45,8 @@ PRESETS: Mapping[str, Experiment] = MappingProxyType(
         "llama3_8b": _large(_llama(128256, 32, 4096, 32, 8, 14336, 500000.0), 8192),
         "llama3_70b": _large(_llama(128256, 80, 8192, 64, 8, 28672, 500000.0), 8192, 1.5e-4),
         "mistral_7b": _large(Config(32000, 32, 4096, 32, 8, 14336, 128, window=4096), 8192),
+        "qwen2_5_7b": _large(replace(_llama(152064, 28, 3584, 28, 4, 18944, 1e6, 1e-6), qkv_bias=True), 8192),
+        "qwen3_8b": _large(replace(_llama(151936, 36, 4096, 32, 8, 12288, 1e6, 1e-6), qk_norm=True), 8192),
         "falcon_7b": _large(_falcon(32, 4544, 71, 1, "one"), 2048),
         "falcon_40b": _large(_falcon(60, 8192, 128, 8, "two"), 2048),
     }

@@ -145,7 +145,7 @@ def test_a_changed_model_keeps_the_rest_of_its_config(tmp_path: Path) -> None:
     grown = replace(command.model_config(contents), vocab=64)
     weights = tree.map(lambda s: torch.zeros(s.shape), decoder.specs(grown))
     checkpoint.save(tmp_path / "grown", {"params": weights}, config={"model": asdict(grown)}, extra=contents.files)
-    command.main(["export", str(tmp_path / "grown"), "--out", str(tmp_path / "back"), "--dtype", "bfloat16"])
+    command.main(["export", str(tmp_path / "grown"), "--out", str(tmp_path / "back"), "--dtype", "bf16"])
     before, after = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("hf", "back"))
     assert after["vocab_size"] == 64 and after["eos_token_id"] == before["eos_token_id"] and after["dtype"] == "bfloat16"
     assert load_file(tmp_path / "back/model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16

@@ -31,6 +31,8 @@ FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
 
 IN_FLIGHT = 512 << 20
 """Bytes that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
+STREAMED = 128 << 20
+"""The same where values come box by box because they do not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,9 @@ def save(
     plan = make_plan(state, group, files_of)
     small = small_files(host, config, extra)
     state = regular(state)
-    part = part or part_of(state)
-    write_checkpoint(path, plan, small, group, [((leaf, box, part(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine)])
+    give, in_flight = (part_of(state), IN_FLIGHT) if part is None else (part, STREAMED)
+    boxes = ((leaf, box, give(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine)
+    write_checkpoint(path, plan, small, group, [boxes], in_flight=in_flight)
 
 
 def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -> Plan:
@@ -186,6 +189,7 @@ def write_checkpoint(
     group: Peers,
     waves: Iterable[Iterable[Piece]],
     threads: int | None = None,
+    in_flight: int = IN_FLIGHT,
 ) -> None:
     """Write beside the place, flush, and commit: visible whole on every process's return, or not at all.
 
@@ -196,7 +200,7 @@ def write_checkpoint(
     unlock: list[Callable[[], None]] = []
     try:
         group.together(f"begin {path}", lambda: unlock.append(_begin(path, plan, ctx)) if group.rank == 0 else None)
-        group.together(f"write {path}", lambda: [_write_pieces(folder, pieces, ctx) for pieces in waves])
+        group.together(f"write {path}", lambda: [_write_pieces(folder, pieces, ctx, in_flight) for pieces in waves])
         group.together(f"commit {path}", lambda: _commit(path, plan, small, begun) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
@@ -224,7 +228,7 @@ def _begin(path: Path, plan: Plan, ctx: Any) -> Callable[[], None]:
     return unlock
 
 
-def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any) -> None:
+def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any, in_flight: int) -> None:
     """Write some pieces, all on the disk on return."""
     opened: dict[str, Any] = {}
     flying: deque[tuple[Any, int]] = deque()
@@ -238,7 +242,7 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any) -> None:
         if leaf.name not in opened:
             opened = {leaf.name: arrays.open_new(folder, leaf.name, leaf.meta(), ctx).result()}
         x = arrays.as_numpy(values.cpu())
-        while flying and bytes_flying + x.nbytes > IN_FLIGHT:
+        while flying and bytes_flying + x.nbytes > in_flight:
             done, size = flying.popleft()
             done.result()
             bytes_flying -= size

@@ -35,6 +35,10 @@ from mtl.sharding.rules import check_mesh
 __all__ = ["main", "model_config", "newest"]
 
 
+DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""mtl's short names of types."""
+
+
 @dataclass(frozen=True)
 class Import:
     """Read a folder of safetensors into a checkpoint, box by box, and check it in full before."""
@@ -57,7 +61,7 @@ class Export:
     """A checkpoint, or a run's folder (its newest one)."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """The folder to write; it must not exist, or be empty."""
-    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = None
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "fp64", "fp32", "fp16", "bf16"] | None = None
     """The type of the tensors; by default the one that they have."""
     shard_size: str = "5GB"
     """The most bytes in one file."""
@@ -126,7 +130,8 @@ def export_folder(settings: Export) -> str:
     family, values = write_config(config, source)
     held = {path: contents.arrays.get(f"params.{path}") for path, _ in tree.paths(decoder.specs(config))}
     check_held(contents, config, held)
-    dtypes = {path: getattr(torch, settings.dtype or info.dtype) for path, info in held.items() if info is not None}
+    asked = DTYPES.get(settings.dtype or "", settings.dtype)
+    dtypes = {path: getattr(torch, asked or info.dtype) for path, info in held.items() if info is not None}
     if source is None or {path: str(kind).removeprefix("torch.") for path, kind in dtypes.items()} != came.get("dtypes"):
         values = with_dtype(values, dtypes)
     files = folder.shards(folder.tensors(family, config, dtypes), limit)

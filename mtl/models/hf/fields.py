@@ -19,7 +19,7 @@ INERT = frozenset(
         "typical_p", "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
         "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
         "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
-        "max_new_tokens", "min_new_tokens",
+        "max_new_tokens", "min_new_tokens", "gradient_checkpointing", "is_llama_config", "transformers.js_config",
     )
 )  # fmt: skip
 """Fields that do not change what the weights compute: they travel as they are."""
