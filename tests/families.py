@@ -15,7 +15,7 @@ LIKE_LLAMA: dict[str, Any] = {
 FALCON: dict[str, Any] = {**SHAPE, "layer_norm_epsilon": 1e-3, "max_position_embeddings": 24}
 GPT2: dict[str, Any] = {
     "vocab_size": VOCAB,
-    "n_positions": 40,
+    "n_positions": 80,
     "n_embd": EMBED,
     "n_layer": LAYERS,
     "n_head": HEADS,

@@ -19,6 +19,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import mtl.cli.hf as command
 from mtl import checkpoint, params
+from mtl.generate.decode import generate
 from mtl.models import decoder
 from mtl.models.hf.load import load_params, open_model
 from mtl.precision import PRECISIONS
@@ -72,6 +73,33 @@ def test_logits_equal_those_of_transformers(one: One, name: str, tmp_path: Path,
     if switched:
         other = our_logits(one, decoder.replace(model.config, **switched), weights, tokens())
         assert (other - want).abs().max() > 1e-6 * want.abs().max(), "the switches matter at this length"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bf16_errs_no_more_than_transformers(one: One, name: str, tmp_path: Path) -> None:
+    """Both against transformers in float64, with the same weights, rounded to bfloat16 before."""
+    families.write(name, tmp_path / "hf", torch.bfloat16)
+    model, par = open_model(tmp_path / "hf"), one()
+    got = our_logits(one, model.config, load_params(model, par.rules, par.mesh, torch.bfloat16), tokens(), "bf16").double()
+    exact, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=d) for d in (torch.float64, torch.bfloat16))
+    with torch.no_grad():
+        want, rounded = exact(tokens()).logits, theirs(tokens()).logits.double()
+    ours, usual = ((x - want).square().mean().sqrt() for x in (got, rounded))
+    assert ours < 1.2 * usual, f"ours errs by {ours:.3g}, theirs by {usual:.3g}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_generation_is_that_of_transformers(one: One, name: str, tmp_path: Path) -> None:
+    """64 tokens in float64, past every window and rope limit, with caches on both sides."""
+    theirs = families.write(name, tmp_path / "hf")
+    model, par = open_model(tmp_path / "hf"), one()
+    weights = load_params(model, par.rules, par.mesh, torch.float64)
+    for prompt in tokens(2, 5):
+        with torch.no_grad():
+            want = theirs.generate(prompt.unsqueeze(0), do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0)[0, 5:]
+        config = decoder.for_evaluation(model.config)
+        got = [t[0] for t in generate(decoder, config, par.mesh, par.rules, PRECISIONS["fp64"], weights, [prompt.tolist()], 64)]
+        assert got == want.tolist()
 
 
 def held(folder: Path) -> dict[str, Tensor]:
