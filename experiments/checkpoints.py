@@ -28,7 +28,7 @@ from mtl.runtime.signals import Signals
 from mtl.train.loop import Hook
 
 FOLDER = "checkpoints"
-SAME = (("train", "seed"), ("train", "seq_len"), ("train", "global_batch_size"))
+SAME = (("train", "seed"), ("train", "seq_len"), ("train", "global_batch_size"), ("data", "split"), ("data", "order"))
 """Settings that decide which samples a step sees: a resumed run must keep them."""
 
 
@@ -92,6 +92,7 @@ class Keeper:
         self.gate = Gate(0)
         self.extra: Mapping[str, Any] = {}
         self.first, self.run_id, self.resumed = 0, f"{time.time_ns():x}", False
+        self.data: Any = None
         self.on_leave: Callable[[], None] = lambda: None
         self._finished, self._ended = threading.Event(), threading.Event()
         self._stopping, self._saving = threading.Event(), threading.Lock()
@@ -202,6 +203,7 @@ class Keeper:
     def _go_on(self, contents: Contents, state: Any) -> None:
         host = contents.host
         self.first, self.run_id, self.resumed = int(host["step"]), host["run_id"], True
+        self.data = host.get("data")
         self.gate = Gate(self.first)
         self.gate.state, self.gate.record = state, host["metrics"]
         self.saver.committed = self.store.path(self.first)

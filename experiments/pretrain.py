@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints, initial, pipelining
+from experiments import checkpoints, initial, pipelining, reading
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -26,8 +26,7 @@ from experiments.tuning import Tuning, trained, tuning
 from experiments.work import Kind, Work
 from mtl import params
 from mtl.data.batches import BatchShape, batch_at
-from mtl.data.python_text import python_text
-from mtl.data.samples import Windows
+from mtl.data.samples import Samples
 from mtl.errors import UserError, unknown
 from mtl.generate.decode import generate
 from mtl.generate.sampling import Sampling
@@ -104,7 +103,7 @@ def with_micro_batch(setup: Experiment, rules: Rules, shape: MeshShape) -> Exper
     setup = pipelining.settled(setup, rules, shape)
     if setup.train.micro_batch_size is not None:
         return setup
-    share = setup.train.global_batch_size // math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    share = math.gcd(*reading.batch_sizes(setup).sizes) // math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     size = max((n for n in range(1, 9) if share > 0 and share % n == 0), default=1)
     return dataclasses.replace(setup, train=dataclasses.replace(setup.train, micro_batch_size=size))
 
@@ -132,7 +131,8 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     model, train = setup.model, setup.train
     specs = decoder.specs(model)
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
-    BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len).check(rows)
+    for size in reading.batch_sizes(setup).sizes:
+        BatchShape(size, micro_batch(setup), train.seq_len).check(rows)
     if train.steps < 0 or train.eval_every < 0 or train.eval_samples < 1:
         raise UserError("train.steps and train.eval-every must not be negative, and train.eval-samples must be at least 1.")
     if model.positions == "learned" and train.seq_len > model.max_positions:
@@ -186,26 +186,7 @@ def make_optimizer(setup: Experiment) -> tuple[Optimizer, Schedule]:
     return sgd(mask, optim.beta1, False, optim.weight_decay), rate
 
 
-def python_work(setup: Experiment) -> tuple[Experiment, Work]:
-    """Pre-train on the text that ships with Python, as bytes."""
-    if setup.model.vocab < 256:
-        raise UserError(f"model.vocab is {setup.model.vocab}: the built-in text is bytes and needs at least 256.")
-    texts = python_text()
-    samples, held_out = Windows(texts[0], setup.train.seed, "train"), Windows(texts[1], 0, "validation")
-    for each in (samples, held_out):
-        each(0, setup.train.seq_len)
-    following = "torchrun --nproc-per-node 2 experiments/pretrain.py tiny --mesh.tensor 2 (the same numbers on two processes)"
-    return setup, Work(
-        samples, held_out, setup.train.eval_samples, byte_tokens=True, prompt=tuple(b"def "), decode=as_bytes, following=following,
-    )  # fmt: skip
-
-
-def as_bytes(tokens: list[int]) -> str:
-    """Show tokens that are bytes; a model with a larger vocabulary may give others."""
-    return bytes(t if t < 256 else ord("?") for t in tokens).decode("utf-8", "replace")
-
-
-PRETRAIN = Kind("pretrain.py", "Pre-train", lambda preset, flags: preset, python_work)
+PRETRAIN = Kind("pretrain.py", "Pre-train", reading.settings, reading.work)
 
 
 def run(
@@ -223,7 +204,7 @@ def run(
     pipeline = pipelining.plan(setup, shape)
     choices = resolved(rules, shape, precision) | {"pipeline": pipelining.described(setup, pipeline)}
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, **provenance()}
-    keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": i * train.global_batch_size}, caught)
+    keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
     timing = pipelining.Timing(train.steps)
     step = by_length(par, lambda p: tuned.step(pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned.model)))
@@ -242,15 +223,11 @@ def run(
     keeper.start(state, log)
     if pipeline is not None:
         log.say("pipeline " + ", ".join(f"{name} {value}" for name, value in pipelining.described(setup, pipeline).items()))
-    batches = BatchShape(train.global_batch_size, micro_batch(setup), train.seq_len)
-    length = work_length(work, par, train.seq_len)
-
-    def batch(i: int) -> Any:
-        shape = dataclasses.replace(batches, seq_len=length(i))
-        return batch_at(par, work.train, i * train.global_batch_size, shape, precision.param)
-
+    length, taken = work_length(work, par, train.seq_len), reading.taken(reading.batch_sizes(setup), keeper.first, keeper.data)
+    batch = reading.feed(setup, work, par, precision.param, micro_batch(setup), keeper.first, taken, length)
     hooks = [
         measured(setup, at, length),
+        reading.counted(work, taken, batch),
         evaluated(setup, par, precision, work, pipeline, tuned),
         lambda i, state, record: log.write(tidy(record)),
         timing.hook(folder, at.rank == 0),
@@ -262,6 +239,7 @@ def run(
         text = sample(setup, par, precision, state.params, work, tuned) if train.steps else ""
     finally:
         keeper.settle()
+        batch.close()
         log.close()
     log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl, checkpoints)")
     log.say(f"next: {work.following.replace('RUN', str(folder))}")
@@ -298,12 +276,12 @@ def by_length(par: Parallel, make: Callable[[Parallel], Any]) -> Any:
 
 def measured(setup: Experiment, at: process.Place, length: Callable[[int], int]) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that adds speed and memory."""
-    peak = peak_flops(at.device)
+    peak, counts = peak_flops(at.device), reading.batch_sizes(setup)
     specs, thin = decoder.specs(setup.model), trained(setup.lora).specs(setup.model) if setup.lora.rank else None
     flops = {name: flops_per_token(specs, setup.model, setup.train.seq_len, name == "mfu", thin) for name in ("mfu", "mfu_full_attention")}
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
-        rate = setup.train.global_batch_size * length(i - 1) / record["step_time"] / at.world
+        rate = counts.size(i - 1) * length(i - 1) / record["step_time"] / at.world
         record["tokens_per_second_per_device"] = rate
         record |= {name: None if peak is None else rate * count / peak for name, count in flops.items()}
         record["peak_memory_gib"] = peak_memory_gib(at.device)
@@ -321,14 +299,18 @@ def evaluated(
     rows *= min(setup.pipeline.microbatches or 1, -(-samples // rows)) or 1  # a pipeline takes several micro-batches at once
     count = -(-samples // rows)
     evaluate = pipelining.make_evaluation(pipeline, setup.model, par, precision, tuned.whole)
+    shape = BatchShape(rows, micro_batch(setup), train.seq_len)
+
+    def loss_on(found: Samples, weights: Any) -> float:
+        return evaluate(tuned.params(weights), (batch_at(par, found, n * rows, shape, precision.param, samples) for n in range(count)))
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         if held_out is not None and (i == train.steps or (train.eval_every and i % train.eval_every == 0)):
-            shape = BatchShape(rows, micro_batch(setup), train.seq_len)
-            batches = (batch_at(par, held_out, n * rows, shape, precision.param, samples) for n in range(count))
-            record["eval_loss"] = evaluate(tuned.params(state.params), batches)
-            if work.byte_tokens:
-                record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2)
+            record["eval_loss"] = loss_on(held_out, state.params)
+            if work.bytes_per_token:
+                record["eval_bits_per_byte"] = record["eval_loss"] / math.log(2) / work.bytes_per_token
+        if work.test is not None and i == train.steps:
+            record["test_loss"] = loss_on(work.test, state.params)
 
     return hook
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from experiments.data_settings import BatchFlags
 from mtl.lora.adapters import Lora
 from mtl.models import decoder
 from mtl.sharding.mesh import MeshShape
@@ -129,6 +130,7 @@ class Experiment:
     model: decoder.Config
     mesh: MeshSettings = field(default_factory=MeshSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    batch: BatchFlags = field(default_factory=BatchFlags)
     optim: OptimSettings = field(default_factory=OptimSettings)
     log: LogSettings = field(default_factory=LogSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)

@@ -21,8 +21,12 @@ class Work(NamedTuple):
     """``length(i, multiple)``: tokens a sample in step i (from 0), where that is not train.seq-len; divisible as the mesh needs it."""
     begin: Callable[..., Any] | None = None
     """``begin(specs, rules, mesh, precision, optimizer)``: the state to start from, where it is not a fresh one."""
-    byte_tokens: bool = False
-    """A token is a byte, so that bits a token are bits a byte."""
+    bytes_per_token: float | None = None
+    """Bytes a held-out token, where they are known: bits a byte are then told."""
+    test: Samples | None = None
+    """Samples that are evaluated after the last step, as many as of the held-out ones."""
+    epochs: Callable[[int], Mapping[str, float]] | None = None
+    """How often each corpus was seen after so many samples."""
     prompt: tuple[int, ...] = ()
     """Tokens that the text shown at the end goes on from."""
     ends: tuple[int, ...] = ()

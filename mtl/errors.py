@@ -8,6 +8,10 @@ class UserError(ValueError):
     """A setting, file or mesh that cannot work. Every rank finds the same one by itself, so rank 0 alone prints it."""
 
 
+class LocalError(UserError):
+    """A user's error that one process finds alone, such as a bad token in the samples it reads: it prints it whatever its rank."""
+
+
 def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     """Describe a name that does not exist, with the nearest that does."""
     known = sorted(known)

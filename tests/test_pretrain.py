@@ -27,7 +27,7 @@ SHORT = ["--train.steps", "3", "--train.global-batch-size", "8", "--train.seq-le
 MODEL = ["--model.layers", "2", "--model.embed", "32", "--model.mlp", "48", "--model.head-size", "8"]
 FIELDS = {
     "step", "loss", "grad_norm", "learning_rate", "tokens", "step_time", "tokens_per_second_per_device", "mfu", "mfu_full_attention",
-    "peak_memory_gib",
+    "peak_memory_gib", "epochs", "data_wait",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtl.data.feed import to
 from mtl.data.samples import Sample, Samples
 from mtl.errors import UserError
 from mtl.ops.attention import chunks
@@ -36,10 +37,17 @@ class BatchShape:
 def batch_at(
     par: Parallel, samples: Samples, first: int, shape: BatchShape, dtype: torch.dtype, stop: int | None = None
 ) -> dict[str, Tensor]:
-    """Make this device's part of the global batch that starts at sample ``first``.
+    """Make this device's part of the global batch that starts at sample ``first``, on the device; see ``host_batch``."""
+    return to(host_batch(par, samples, first, shape, dtype, stop), torch.device(par.mesh.device_type))
 
-    Gives tokens, targets, weights, positions (and segments, where samples have them) [A, b, S], rows [A, b] and slots [S], where A counts
-    micro-batches and S is local.
+
+def host_batch(
+    par: Parallel, samples: Samples, first: int, shape: BatchShape, dtype: torch.dtype, stop: int | None = None
+) -> dict[str, Tensor]:
+    """Make this device's part of the global batch that starts at sample ``first``, in host memory.
+
+    Gives tokens, targets, weights, positions [A, b, S] (and documents, where samples have segments), rows [A, b] and slots [S], where A
+    counts micro-batches and S is local.
     Samples from ``stop`` on count for nothing (their weights are 0).
     """
     axes = par.axes("B")
@@ -55,7 +63,7 @@ def batch_at(
     }
     if stop is not None:
         whole["weights"] = whole["weights"] * (first + rows < stop)[..., None]
-    return to_device(par, whole.pop("tokens"), whole.pop("targets"), rows, dtype, whole)
+    return cut(par, whole.pop("tokens"), whole.pop("targets"), rows, dtype, whole)
 
 
 def to_device(
@@ -66,7 +74,19 @@ def to_device(
     dtype: torch.dtype,
     extra: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Tensor]:
-    """Cut arrays [A, b, whole S] of this device's rows to its pieces of the sequence and move them to the device.
+    """Cut arrays as ``cut`` does and move them to the device."""
+    return to(cut(par, tokens, targets, rows, dtype, extra), torch.device(par.mesh.device_type))
+
+
+def cut(
+    par: Parallel,
+    tokens: np.ndarray,
+    targets: np.ndarray,
+    rows: np.ndarray,
+    dtype: torch.dtype,
+    extra: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Tensor]:
+    """Cut arrays [A, b, whole S] of this device's rows to its pieces of the sequence, in host memory.
 
     ``extra`` may hold weights (default 1 a token), positions (default their place) and segments, shaped alike. Segments number the
     documents of a row; the batch holds where these end in the whole row, as documents [A, b, D].
@@ -84,7 +104,7 @@ def to_device(
     if segments is not None:
         batch["documents"] = torch.from_numpy(document_ends(segments))
     batch |= {"rows": torch.from_numpy(np.ascontiguousarray(rows)), "slots": torch.from_numpy(slots)}
-    return {name: x.to(par.mesh.device_type, non_blocking=True) for name, x in batch.items()}
+    return batch
 
 
 def document_ends(segments: np.ndarray) -> np.ndarray:

@@ -61,10 +61,6 @@ class DataSettings:
     """Ids of prefix, middle and suffix; by default the tokenizer's tokens of such names."""
     set_vocab: bool = False
     """Give the model the vocabulary size of the data."""
-    workers: int = 2
-    """Threads that make batches while the device works; 0 makes them in turn."""
-    prefetch: int = 4
-    """Batches made ahead."""
 
     @property
     def given(self) -> bool:
@@ -114,7 +110,7 @@ def open_sources(settings: DataSettings, split: str) -> list[Source]:
         raise UserError(f"--data and --data.{split} are both given: use --data (split by data.split) or --data.train, .valid and .test.")
     if settings.split is not None and not settings.paths:
         raise UserError(f"data.split is {settings.split!r}, but --data is not given: --data.train, .valid and .test are not split.")
-    if settings.train and not settings.paths and not own:
+    if not own and not settings.paths:
         return []
     shares = settings.split or DEFAULT_SPLIT
     bounds = (0.0, 1.0) if own else split_bounds(shares)[SPLITS.index(split)]

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +52,12 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
         shown = f"loss {record['loss']:.4f}  {record['tokens_per_second_per_device']:,.0f} tokens/s"
+        if record.get("epochs"):
+            shown += f"  epoch {_span(record['epochs'].values())}"
         if "eval_loss" in record:
             bits = f", {record['eval_bits_per_byte']:.3f} bits per byte" if "eval_bits_per_byte" in record else ""
-            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}{bits}")
+            test = f"; test loss {record['test_loss']:.4f}" if "test_loss" in record else ""
+            self.say(f"step {record['step']}: held-out loss {record['eval_loss']:.4f}{bits}{test}")
         self._bar.update(self._task, completed=record["step"], shown=shown)
         now = time.perf_counter()
         if not self._live and (now - self._told > 10 or record["step"] == self._steps):
@@ -69,3 +72,9 @@ class RunLog:
             self._file.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+
+def _span(values: Iterable[float]) -> str:
+    """Show the epochs of a blend's corpora from the least seen to the most."""
+    ordered = sorted(values)
+    return f"{ordered[0]:.3g}" if len(ordered) == 1 else f"{ordered[0]:.3g} to {ordered[-1]:.3g}"

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from mtl.errors import PeerLost, UserError
+from mtl.errors import LocalError, PeerLost, UserError
 
 _LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport|remote process exited|ncclRemoteError|NCCL communicator was aborted")
 BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
@@ -105,16 +105,17 @@ def on_first_rank(check: Callable[[], str]) -> str:
 def guarded(main: Callable[[], None]) -> None:
     """Run a program and end the process.
 
-    A UserError prints one message (on rank 0) and ends with code 2; any other error prints its trace and ends with 1. No rank is left
-    waiting: a failing process leaves without tearing the process group down, and torchrun stops the others. Where a process is gone, the
-    others find their connections to it closed: one of them says so, unless the process itself did.
+    A UserError prints one message (on rank 0, or where it is local) and ends with code 2; any other error prints its trace and ends with 1.
+    No rank is left waiting: a failing process leaves without tearing the process group down, and torchrun stops the others. Where a
+    process is gone, the others find their connections to it closed: one of them says so, unless the process itself did.
     """
     rank = place_rank()
     try:
         main()
         _leave(0)  # without the interpreter's tear-down, in which gloo's threads now and then abort
     except UserError as error:
-        if rank == 0:
+        found_here = isinstance(error, LocalError) and _first_to_speak()
+        if rank == 0 or found_here:
             print(f"\nerror: {error}", file=sys.stderr, flush=True)
         leave_together(2)
     except KeyboardInterrupt:
