@@ -24,7 +24,7 @@ from mtl.sharding.rules import Rules
 from mtl.train.state import init_state
 from mtl.train.step import StepOptions, make_step
 from tests.cases.train import parallel
-from tests.small import BATCH, MESHES, MODELS, SEQ
+from tests.small import BATCH, LLAMA, MESHES, MODELS, SEQ
 
 
 def documents(vocab: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
@@ -58,8 +58,8 @@ def gradients(config: Config, rules: Rules, shape: MeshShape, micro: int, remat:
 
 
 def model(name: str) -> Config:
-    """Give a small model without dropout, whose masks count rows."""
-    return replace(MODELS[name], dropout_embed=0.0, dropout_attention=0.0, dropout_mlp=0.0)
+    """Give a small model without what depends on the whole row: dropout's masks, and positions stretched by the longest of a row."""
+    return replace(MODELS[name], rope_scaling=LLAMA.rope_scaling, dropout_embed=0.0, dropout_attention=0.0, dropout_mlp=0.0)
 
 
 def alone(name: str, path: str) -> None:
