@@ -1,5 +1,6 @@
 """A pool of gloo ranks for the whole test session: eight processes, forked from one that has imported torch, joined anew for every case."""
 
+import gc
 import importlib
 import json
 import os
@@ -14,6 +15,8 @@ from typing import Any
 WORLD = 8
 ROOT = Path(__file__).parent.parent
 JOINS = 3
+THREADS = 60
+"""A compiled case leaves its groups behind, whose threads spin once their peers are gone: with more than these the pool is made anew."""
 LOST = "Gloo connectFullMesh failed"
 
 
@@ -45,10 +48,11 @@ class Ranks:
         for _ in range(JOINS):
             answers = self._ask(case, world, arguments)
             errors = [f"rank {i}: {a['error']}" for i, a in enumerate(answers) if "error" in a]
+            if errors or max(a["threads"] for a in answers) > THREADS:
+                self.close()
+                self._start()
             if not errors:
                 return answers[0]["result"]
-            self.close()
-            self._start()
             if not any(LOST in e for e in errors):
                 break
         raise AssertionError("\n".join(errors))
@@ -87,6 +91,8 @@ def _serve(path: str, rank: int) -> None:
             answer = {"result": getattr(importlib.import_module(module), name)(**order["arguments"])}
             dist.destroy_process_group()
             torch._dynamo.reset()
+            gc.collect()
+            answer["threads"] = sum(1 for _ in Path("/proc/self/task").glob("*"))
         except BaseException:
             answer = {"error": traceback.format_exc()}
         stream.write(json.dumps(answer) + "\n")
@@ -100,6 +106,8 @@ def _fork(path: str) -> None:
     import mtl.models.decoder
     import mtl.train.step  # noqa: F401
 
+    gc.collect()
+    gc.freeze()
     children = []
     for rank in range(WORLD):
         child = os.fork()
