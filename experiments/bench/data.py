@@ -1,5 +1,6 @@
 """Time the data path: samples a second of one thread, and start-up on an index of many documents: `python experiments/bench/data.py`."""
 
+import multiprocessing
 import resource
 import tempfile
 import time
@@ -59,7 +60,9 @@ def main() -> None:
     bench = tyro.cli(Bench)
     with tempfile.TemporaryDirectory(dir=bench.folder) as folder:
         prefix = Path(folder) / "corpus"
-        synthetic(prefix, bench.documents)
+        writer = multiprocessing.get_context("fork").Process(target=synthetic, args=(prefix, bench.documents))
+        writer.start()  # apart, so that writing does not count as this process's memory
+        writer.join()
         before, start = memory(), time.perf_counter()
         dataset = open_dataset(DataSettings((f"0.3 {prefix} 0.7 {prefix}",)), "train", 0, bench.seq_len, 0, 50257)
         assert dataset is not None

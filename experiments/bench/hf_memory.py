@@ -8,6 +8,7 @@ import filecmp
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -88,8 +89,8 @@ def make(folder: Path, settings: Settings) -> int:
 def measured(words: list[str]) -> tuple[float, float]:
     """Run a command; gives its seconds and the most GiB that it, or a process it waited for, held."""
     begun = time.perf_counter()
-    child = os.spawnv(os.P_NOWAIT, words[0], words)
-    _, status, used = os.wait4(child, 0)
+    child = subprocess.Popen(words)
+    _, status, used = os.wait4(child.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(words)} ended with status {status}")
     return time.perf_counter() - begun, used.ru_maxrss / 2**20
