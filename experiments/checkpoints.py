@@ -133,6 +133,8 @@ class Keeper:
             log.say(f"resumed after step {self.first} from {self.store.path(self.first)}")
         if self.at.device.type == "cuda":
             self.saver.prepare(state)
+        if self.signals is not None and self.signals.caught is not None:
+            self.gate.freeze()  # asked to stop already: no step begins while the watch wakes up
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
     def before_update(self) -> None:

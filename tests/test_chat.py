@@ -232,8 +232,9 @@ def test_a_vocabulary_of_words(tmp_path: Path) -> None:
 def test_a_boundary_inside_a_token_parts_the_tokens() -> None:
     """Where prompt and answer would share a token, they are tokenised apart, as they are when the model answers."""
 
-    def vocabulary(texts: list[str]) -> list[Any]:  # one token a letter, but "xy" is one
-        return [np.array([ord(c) for c in text.replace("xy", "z")]) for text in texts]
+    def vocabulary(texts: list[str]) -> tuple[Any, Any]:  # one token a letter, but "xy" is one
+        parts = [[ord(c) for c in text.replace("xy", "z")] for text in texts]
+        return np.concatenate(parts), np.array([len(part) for part in parts])
 
     t = load("bytes")
     t = replace(t, vocabulary=replace(t.vocabulary, encode=vocabulary))

@@ -263,12 +263,21 @@ def test_a_second_signal_leaves_the_old_one_intact(forks: Forks, tmp_path: Path)
     assert all(not find_damage(Store(out / "checkpoints").path(s)).problems for s in Store(out / "checkpoints").steps()[-2:])
 
 
+def wait_until_caught(pid: int) -> None:
+    """Wait until a process has a handler for SIGTERM: a mask in /proc tells."""
+    for _ in range(2000):
+        caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt"))
+        if int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.01)
+
+
 def test_a_signal_during_the_slow_imports_saves_the_first_state(tmp_path: Path) -> None:
     out = tmp_path / "run"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = ["python", "experiments/pretrain.py", *TINY, "--out", str(out)]
     run = subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    time.sleep(0.4)
+    wait_until_caught(run.pid)
     run.send_signal(signal.SIGTERM)
     text, _ = run.communicate(timeout=120)
     assert run.returncode == 0 and "stopped by SIGTERM after step 0" in text, text
