@@ -30,7 +30,7 @@ class Show:
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """The picture: a name that ends in .svg or .png. Without one, the numbers alone are printed."""
     run: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
-    """A run folder with pipeline.jsonl (pretrain.py --pipeline.measure): its last step is drawn under the simulation."""
+    """A folder of a run with a pipeline, which writes pipeline.jsonl: its last recorded step is drawn under the simulation."""
     table: bool = False
     """Print the table too."""
     costs: Costs = field(default_factory=Costs)
@@ -71,7 +71,7 @@ def measured(folder: Path) -> Timeline:
         last = json.loads(path.read_text().splitlines()[-1])
         rows = [[(parse_action(text, str(path)), start, end) for text, start, end in row] for row in last["rows"]]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"--run {folder}: cannot read {path}: {error}. A run writes it with --pipeline.measure.") from None
+        raise UserError(f"--run {folder}: cannot read {path}: {error}. Runs with --mesh.pipe write it.") from None
     spans = tuple(tuple(Span(d, action, start, end) for action, start, end in row) for d, row in enumerate(rows))
     return Timeline(f"measured, step {last['step']} (seconds)", spans)
 
