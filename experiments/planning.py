@@ -33,6 +33,8 @@ from mtl.train.speed import flops_per_token
 from mtl.train.state import TrainState
 from mtl.train.step import StepOptions, loss_scale, make_update
 
+PACKED = "where documents end is known in the run alone: attention is planned as if each row were one document, the most it can take"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -47,6 +49,8 @@ class Job:
     schedule: Schedule
     micro_batches: int
     kind: str = "meta"
+    documents: bool = False
+    """Whether rows hold several documents that attention keeps apart."""
 
     def parallel(self, device: int = 0) -> Parallel:
         """Stand on one device of the mesh."""
@@ -218,6 +222,8 @@ def local_batch(job: Job, par: Parallel, make: Any) -> dict[str, Any]:
     seq = job.sizes["seq"] // par.mesh.size(par.axes("S"))
     batch = {name: make((rows, seq), torch.int64) for name in ("tokens", "targets", "positions")}
     batch["weights"] = make((rows, seq), job.options.precision.param)
+    if job.documents:
+        batch["documents"] = make((rows, 8), torch.int32)
     return {**batch, "rows": make((rows,), torch.int64), "slots": make((seq,), torch.int64), "key": make((), torch.int64)}
 
 
@@ -232,20 +238,31 @@ def _world(kind: str) -> Any:
         yield make
 
 
-def job_for(setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, kind: str) -> Job:
+def job_for(
+    setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, kind: str,
+    documents: bool = False,
+) -> Job:  # fmt: skip
     """Describe a run's step. The learning rate is a constant, since no plan depends on it."""
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     micro_batches = setup.train.global_batch_size // (rows * (setup.train.micro_batch_size or 1))
     mask = params.decayed(decoder.specs(setup.model))
     optimizer = adamw(mask, impl="plain") if setup.optim.name == "adamw" else sgd(mask, setup.optim.beta1)
-    return Job(setup.model, rules, shape, sizes, options, optimizer, schedule("constant", 1.0, 1), max(1, micro_batches), kind)
+    return Job(setup.model, rules, shape, sizes, options, optimizer, schedule("constant", 1.0, 1), max(1, micro_batches), kind, documents)
 
 
 def plan(setup: Experiment, job: Job, device: hardware.Device | None) -> Plan:
     """Plan a run's step."""
     tokens = setup.train.global_batch_size * setup.train.seq_len
     flops = flops_per_token(decoder.specs(setup.model), setup.model, setup.train.seq_len)
-    return make_plan(record(job), device, tokens, flops)
+    found = make_plan(record(job), device, tokens, flops)
+    return dataclasses.replace(found, notes=(*found.notes, PACKED)) if job.documents else found
+
+
+def refuses(setup: Experiment, shape: MeshShape) -> str:
+    """Say why there is no plan for a run; nothing where there is one."""
+    if shape.pipe > 1:
+        return "plans do not cover pipelines"
+    return "plans do not cover adapters, lora.rank" if setup.lora.rank else ""
 
 
 def check_sizes(setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int]) -> None:

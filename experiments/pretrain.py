@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints, initial, pipelining, reading
+from experiments import checkpoints, foretold, initial, pipelining, reading
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -209,6 +209,7 @@ def run(
     timing = pipelining.Timing(train.steps)
     step = by_length(par, lambda p: tuned.step(pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned.model)))
     keeper.extra = work.beside
+    plan = foretold.foretell(setup, rules, shape, par.sizes, options, at.device, at.rank == 0, lambda: packed(work, setup))
     state = keeper.begin(
         steps, setup.resume,
         lambda: abstract_state(specs, rules, mesh, precision, optimizer),
@@ -220,6 +221,7 @@ def run(
     log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
     for line in work.said:
         log.say(line)
+    foretold.show(plan, folder, preset, log)
     keeper.start(state, log)
     if pipeline is not None:
         log.say("pipeline " + ", ".join(f"{name} {value}" for name, value in pipelining.described(setup, pipeline).items()))
@@ -229,6 +231,7 @@ def run(
         measured(setup, at, length),
         reading.counted(work, taken, batch),
         evaluated(setup, par, precision, work, pipeline, tuned),
+        plan.hook(train.steps, log),
         lambda i, state, record: log.write(tidy(record)),
         timing.hook(folder, at.rank == 0),
     ]
@@ -244,6 +247,11 @@ def run(
     log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl, checkpoints)")
     log.say(f"next: {work.following.replace('RUN', str(folder))}")
     return state
+
+
+def packed(work: Work, setup: Experiment) -> bool:
+    """Say whether samples hold several documents that attention keeps apart."""
+    return work.train(0, setup.train.seq_len).segments is not None
 
 
 def resolved(rules: Rules, shape: MeshShape, precision: Precision) -> dict[str, Any]:

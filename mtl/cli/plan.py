@@ -36,6 +36,8 @@ class PlanSettings:
     """Devices that the fast link joins, where it is not the table's number."""
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
+    packed: bool = False
+    """Rows hold several documents that attention keeps apart, as experiments/finetune.py packs them."""
     remat: str = "none"
     """What is computed again in backward: none, selective, full, or every:N."""
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -87,7 +89,7 @@ def one(name: str, setup: Experiment, settings: PlanSettings, device: hardware.D
     sizes = pretrain.sizes(setup, rules, shape)
     planning.check_sizes(setup, rules, shape, sizes)
     options = StepOptions(PRECISIONS[settings.precision], settings.remat, settings.compile, clip=settings.optim.clip)
-    found = planning.plan(setup, planning.job_for(setup, rules, shape, sizes, options, "meta"), device)
+    found = planning.plan(setup, planning.job_for(setup, rules, shape, sizes, options, "meta", settings.packed), device)
     train = setup.train
     about = (
         f"mesh {shape} ({shape.devices():,} {device.name}), rules {rules.name}, {settings.precision}, compile {settings.compile}, "

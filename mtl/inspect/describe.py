@@ -27,7 +27,32 @@ def summary(plan: Plan) -> str:
         text += f" of {plan.capacity / 2**30:.0f}"
     if plan.step is not None and plan.tokens_per_second is not None:
         text += f", {seconds(plan.step)} a step, {plan.tokens_per_second:,.0f} tokens/s/device"
-    return text + ("" if plan.mfu is None else f", MFU {plan.mfu:.1%}")
+    text += "" if plan.mfu is None else f", MFU {plan.mfu:.1%}"
+    return text + ("" if plan.bound is None else f", bound by {plan.bound[0]} ({plan.bound[1]:.0%} of the step)")
+
+
+def shortfall(plan: Plan) -> str:
+    """Say what lacks where a plan does not fit; nothing where it does."""
+    if plan.capacity is None or plan.fits:
+        return ""
+    lack = size(plan.memory.peak - plan.capacity)
+    most = max(plan.memory.parts, key=lambda part: plan.memory.parts[part])
+    return (
+        f"the plan lacks {lack} of memory; most goes to {most} ({size(plan.memory.parts[most])}). "
+        "A smaller micro-batch, more remat or more devices would need less."
+    )
+
+
+def against(what: str, found: Mapping[str, float | None]) -> str:
+    """Put a plan beside what was measured; ``found`` has planned, measured and error of memory (GiB) and step time (seconds)."""
+    said: list[str] = []
+    for name, label, spell in (("peak_memory", what, lambda x: f"{x:.2f} GiB"), ("step_time", "step", seconds)):
+        unit = "_gib" if name == "peak_memory" else ""
+        planned, measured, error = found[f"{name}{unit}"], found[f"measured_{name}{unit}"], found[f"{name}_error"]
+        text = f"{label} " + ("not planned" if planned is None else f"{spell(planned)} planned")
+        text += ", not measured" if measured is None else f", {spell(measured)} measured"
+        said.append(text + ("" if error is None else f" ({error:+.1%})"))
+    return "plan against measured: " + "; ".join(said)
 
 
 def memory_lines(plan: Plan) -> list[str]:

@@ -46,15 +46,26 @@ def matmul_shape(name: str, args: Any) -> tuple[int, ...]:
 
 
 def attention_flops(name: str, args: Any, kwargs: Mapping[str, Any]) -> int:
-    """Count a fused attention's operations: two products forward, five backward, over the pairs that its mask lets see each other."""
+    """Count a fused attention's operations: two products forward, five backward, over the pairs that its mask lets see each other.
+
+    Where documents end is not known before the run: each row counts as one document, which is the most there can be.
+    """
     if "attention" not in name:
         return 0
     backward = "backward" in name
     tensors = args[1:] if backward else args
     q, k = tensors[0], tensors[1]
-    if name.startswith("_flash_attention"):  # [B, S, H, K], with windows
+    if name.startswith("document_attention"):  # [B, S, H, K], with causal, window, offset before the scale
         batch, queries, heads, head = q.shape
-        keys = k.shape[1]
+        causal, window, offset = args[-4:-1]
+        pairs = seen(queries, k.shape[1], None if window is None else offset - window + 1, offset if causal else None)
+    elif name.startswith("_flash_attention"):  # [B, S, H, K] with windows, or documents of B S tokens one after the other
+        if q.dim() == 4:
+            batch, queries, heads, head = q.shape
+            keys = k.shape[1]
+        else:
+            queries, keys = args[8:10] if backward else args[5:7]
+            batch, heads, head = q.shape[0] // queries, *q.shape[1:]
         left, right = kwargs.get("window_size_left", -1), kwargs.get("window_size_right", -1)
         pairs = band(queries, keys, left, right)
     else:  # [B, H, S, K], causal or not
@@ -69,9 +80,14 @@ def attention_flops(name: str, args: Any, kwargs: Mapping[str, Any]) -> int:
 def band(queries: int, keys: int, left: int, right: int) -> int:
     """Count the pairs of a window, counted from the lower right corner of the score matrix; -1 is no limit."""
     shift = keys - queries
+    return seen(queries, keys, None if left < 0 else shift - left, None if right < 0 else shift + right)
+
+
+def seen(queries: int, keys: int, first: int | None, last: int | None) -> int:
+    """Count the pairs where query i sees keys i + first to i + last; None is no limit."""
     total = 0
     for i in range(queries):
-        low = 0 if left < 0 else max(0, i + shift - left)
-        high = keys - 1 if right < 0 else min(keys - 1, i + shift + right)
+        low = 0 if first is None else max(0, i + first)
+        high = keys - 1 if last is None else min(keys - 1, i + last)
         total += max(0, high - low + 1)
     return total

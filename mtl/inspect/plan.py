@@ -13,6 +13,11 @@ from mtl.inspect.timing import Traffic, traffic
 from mtl.sharding.mesh import MeshShape
 
 PARTS = ("weights", "optimizer", "gathered weights", "gradients", "activations", "logits and loss", "batch", "workspace")
+TAKES = {
+    "products": "matrix products", "attention": "attention", "other kernels": "memory bandwidth (all other kernels)",
+    "communication shown": "communication", "bubble": "the pipeline's bubble",
+}  # fmt: skip
+"""What a step's time goes to, and what bounds it then."""
 OVERLAP = 2
 """How far the overlap pass of mtl.runtime moves gathers and sums."""
 
@@ -134,6 +139,14 @@ class Plan:
             return None
         return self.tokens_per_second * self.model_flops / self.peak_flops
 
+    @property
+    def bound(self) -> tuple[str, float] | None:
+        """Name what takes most of the step's time, and its share."""
+        if self.seconds is None or not self.step:
+            return None
+        name = max(TAKES, key=lambda part: (self.seconds or {})[part])
+        return TAKES[name], self.seconds[name] / self.step
+
     def as_json(self) -> dict[str, object]:
         """Give the plan as plain values."""
         return {
@@ -147,6 +160,7 @@ class Plan:
             "flops": {"matmul": self.matmul_flops, "attention": self.attention_flops, "matmuls": self.matmuls},
             "collectives": [dataclasses.asdict(t) for t in self.traffic],
             "seconds": None if self.seconds is None else dict(self.seconds),
+            "bound": None if self.bound is None else {"by": self.bound[0], "share": self.bound[1]},
             "tokens_per_step": self.tokens,
             "devices": self.devices,
             "tokens_per_second_per_device": self.tokens_per_second,

@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -56,3 +57,12 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "xpu":
         return torch.xpu.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def resident_gib() -> float:
+    """Give the memory that this process holds now, where the system says it (Linux); else 0."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0.0
+    return pages * resource.getpagesize() / 2**30
