@@ -193,11 +193,11 @@ class Keeper:
     def _read(self, step: int, abstract: Callable[[], Any]) -> tuple[Contents, Any]:
         path = self.store.path(step)
         contents = inspect(path)
-        for names in SAME:
-            was, now = (_find(tree, names) for tree in (contents.config, self.config))
-            if was is not None and was != now:
-                setting = ".".join(names).replace("_", "-")
-                raise UserError(f"{setting} is {now}, but {path} was saved with {was}: a resumed run must keep it. Nothing was changed.")
+        was, now = decided(contents.config), decided(self.config)
+        for name in (n for n in now if n in was and was[n] != now[n]):
+            raise UserError(
+                f"{name} is {now[name]}, but {path} was saved with {was[name]}: a resumed run must keep it. Nothing was changed."
+            )
         if self.settings.verify:
             verify(path)
         return contents, restore(path, abstract())
@@ -355,6 +355,12 @@ def history(path: Path, keeper: Keeper) -> list[Any]:
         *earlier,
         {"step": keeper.first, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), "world": keeper.at.world, "torch": torch.__version__},
     ]
+
+
+def decided(config: Any) -> dict[str, Any]:
+    """Collect what decides the samples of a run, as far as its configuration says it: settings, and what its data said of themselves."""
+    found = {".".join(names).replace("_", "-"): _find(config, names) for names in SAME}
+    return {name: value for name, value in found.items() if value is not None} | (_find(config, ("decides",)) or {})
 
 
 def _find(tree: Any, names: Sequence[str]) -> Any:

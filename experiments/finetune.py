@@ -15,6 +15,8 @@ import numpy as np
 import tyro
 
 from experiments import pretrain
+from experiments.initial import TOKENIZER
+from experiments.language import TokenizerSettings, settled
 from experiments.settings import Experiment
 from experiments.work import Kind, Work
 from mtl import random
@@ -25,32 +27,11 @@ from mtl.data.chat.jinja import jinja_template, read_template
 from mtl.data.chat.rows import Chat, read_chats
 from mtl.data.chat.samples import Packed, Padded
 from mtl.data.chat.templates import BUILTIN, Template, builtin
+from mtl.data.identity import digest_arrays
 from mtl.data.tokenizers import Tokenizer, description
 from mtl.errors import UserError
 from mtl.models import decoder
 from mtl.runtime import process
-
-TokenizerKind = Literal["bytes", "gpt2", "huggingface", "sentencepiece", "tiktoken", "bert-cased", "bert-uncased"]
-
-
-@dataclass(frozen=True)
-class TokenizerSettings:
-    """The tokenizer of the model."""
-
-    kind: TokenizerKind = "bytes"
-    """gpt2 takes vocab and merges; huggingface (tokenizer.json), sentencepiece and tiktoken take model; bert takes vocab."""
-    vocab: Path | None = None
-    merges: Path | None = None
-    model: Path | None = None
-    pattern: str | None = None
-    """For tiktoken: its name or regular expression, where the file's name does not tell it."""
-    special: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAMES")] = ()
-    """Special tokens to add, beside those that the template writes; the model grows by what it lacks."""
-    bos: str | None = None
-    """The token that begins a conversation, where the tokenizer does not say it."""
-    eos: str | None = None
-    """The token that ends an answer in the templates llama2 and mistral, where the tokenizer does not say it."""
-    pad: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +44,9 @@ class ChatSettings:
     """Chats to evaluate on; without them a share of data, held-out, is kept for it."""
     held_out: float = 0.05
     """The share of data's rows that is kept for evaluation, chosen by their content; 0 keeps none."""
-    template: str = "chatml"
-    """chatml, llama2, llama3, mistral, or a Jinja template: a tokenizer_config.json, its folder, or a .jinja file."""
+    template: str | None = None
+    """chatml, llama2, llama3, mistral, or a Jinja template: a tokenizer_config.json, its folder, or a .jinja file. By default the template
+    that the model of --init brings, else chatml."""
     role_weights: str = "assistant=1"
     """How much the words of a role count in the loss, such as assistant=1,user=0.1."""
     packing: Literal["best-fit", "pad"] = "best-fit"
@@ -95,7 +77,9 @@ def work(setup: FineTune) -> tuple[FineTune, Work]:
         raise UserError("--data is missing: give JSONL files of chats, as in --data chats.jsonl.")
     if train.seq_len < 1:
         raise UserError(f"train.seq-len is {train.seq_len}: it must be at least 1.")
-    weights = parse_weights(chat.role_weights)
+    language, name = settled(setup.tokenizer, chat.template, setup.init)
+    setup = replace(setup, tokenizer=language, chat=replace(chat, template=name))
+    chat, weights = setup.chat, parse_weights(chat.role_weights)
     tokenizer, template, new = open_language(setup, [role for role, weight in weights.items() if weight])
     setup = replace(setup, model=with_vocabulary(setup.model, tokenizer))
     rows, held = split([c for path in chat.data for c in read_chats(path)], chat)
@@ -108,6 +92,7 @@ def work(setup: FineTune) -> tuple[FineTune, Work]:
     setup = with_steps(setup, len(samples))
     prompt, ends = question(held_out or corpus)
     epochs = setup.train.steps * train.global_batch_size / len(samples)
+    about = description.describe(tokenizer)
     said = [
         f"template {template.name}, tokenizer {tokenizer.kind}: {tokenizer.vocab_size} ids{', new: ' + ', '.join(new) if new else ''}",
         f"training: {corpus.counts}; {described(samples)}",
@@ -120,15 +105,29 @@ def work(setup: FineTune) -> tuple[FineTune, Work]:
         samples, evaluated, count, tuple(said), length, prompt=prompt, ends=ends,
         decode=lambda ids: tokenizer.decode([i for i in ids if i < tokenizer.vocab_size]),
         following=f'mtl generate RUN --prompt-ids "{" ".join(map(str, prompt))}" (the answer of its newest checkpoint)',
-        beside={"_tokenizer.json": description.dumps(description.describe(tokenizer)).encode()},
+        beside={TOKENIZER: description.dumps(about).encode()}, decides=deciding(setup, corpus, about),
     )  # fmt: skip
+
+
+def deciding(setup: FineTune, corpus: Corpus, about: description.Description) -> dict[str, Any]:
+    """Say what the samples depend on: settings first, so that a changed one is named; then the tokens and weights that all comes to."""
+    chat = setup.chat
+    template = chat.template or "chatml"
+    named: dict[str, Any] = {"template": template if template in BUILTIN else Path(template).name}
+    named |= {"role-weights": chat.role_weights, "packing": chat.packing, "on-long": chat.on_long}
+    named |= {"valid": bool(chat.valid), "held-out": 0.0 if chat.valid else chat.held_out}
+    content = f"{corpus.counts}, digest {digest_arrays((corpus.tokens, corpus.weights, corpus.starts))}"
+    return {f"--{name}": value for name, value in named.items()} | {
+        "the tokenizer": f"{about.kind} {about.fingerprint[:12]}",
+        "--data": content,
+    }
 
 
 def open_language(setup: FineTune, roles: list[str]) -> tuple[Tokenizer, Template, list[str]]:
     """Open the tokenizer and the template, and add the special tokens that the template writes; gives those that are new too."""
-    asked, name = setup.tokenizer, setup.chat.template
+    asked, name = setup.tokenizer, setup.chat.template or "chatml"
     found = tokenizers.load(
-        asked.kind, bos=asked.bos, eod=asked.eos, pad=asked.pad,
+        asked.kind or "bytes", bos=asked.bos, eod=asked.eos, pad=asked.pad,
         pattern=asked.pattern, vocab=asked.vocab, merges=asked.merges, model=asked.model,
     )  # fmt: skip
     before = set(found.special)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtl import checkpoint, params, tree
 from mtl.checkpoint.contents import Contents
+from mtl.data.tokenizers import description
 from mtl.errors import UserError
 from mtl.models import decoder
 from mtl.models.grow import grow
@@ -26,6 +27,8 @@ from mtl.train.state import TrainState, start_state
 
 BESIDE = "_hf/"
 """Where a checkpoint keeps what came with its model: config.json, generation_config.json, tokenizer files; and import.json, ours."""
+TOKENIZER = "_tokenizer.json"
+"""Where a checkpoint describes the tokenizer that its model was trained with, where a run knew it."""
 OF_THE_RUN = ("attention_impl", "loss_impl", "z_loss", "init_std", "dropout_embed", "dropout_attention", "dropout_mlp")
 """Settings of a model that a run chooses; the others are what its weights mean."""
 
@@ -66,7 +69,15 @@ def from_checkpoint(contents: Contents) -> Start:
         empty = spread(params.abstract(specs, dtype), params.layouts(specs, rules, mesh.shape), mesh)
         return checkpoint.restore(contents.path, {"params": empty})["params"]
 
-    return Start(config, load, {name: contents.read(name) for name in contents.files if name.startswith(BESIDE)})
+    kept = [name for name in contents.files if name.startswith(BESIDE) or name == TOKENIZER]
+    return Start(config, load, {name: contents.read(name) for name in kept})
+
+
+def agree(trained: bytes, asked: bytes) -> None:
+    """Refuse to train a model on with another tokenizer than its own; special tokens may be added."""
+    was, now = (description.loads(text.decode(), "the tokenizer's description") for text in (trained, asked))
+    if difference := was.lost_in(now):
+        raise UserError(f"--init brings a model that was trained with another tokenizer than this run's: {difference}.")
 
 
 def beside(model: Model) -> dict[str, bytes]:
@@ -88,6 +99,13 @@ def with_model(asked: decoder.Config, preset: decoder.Config, start: Start) -> d
             flag = f"--model.{f.name.replace('_', '-')}"
             raise UserError(f"{flag} is {want!r}, but --init brings a model where it is {held!r}: leave the flag out.")
     return replace(start.config, **chosen)
+
+
+def built_in(contents: Contents) -> bool:
+    """Tell whether a run trained on the text that ships with Python, whose tokens are bytes."""
+    config = contents.config if isinstance(contents.config, dict) else {}
+    data = config.get("data") or {}
+    return "preset" in config and "chat" not in config and not any(data.get(name) for name in ("paths", "train"))
 
 
 def newest(path: Path) -> Path:

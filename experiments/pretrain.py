@@ -61,12 +61,13 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     setup = with_micro_batch(setup, rules, shape)
     precision = choose_precision(setup, at.device)
     setup, work = (kind or PRETRAIN).work(setup)
+    work = work.starting(start)
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = setup.out or Path("runs") / f"{preset}-{stamp}"
         folder, steps = json.loads(process.on_first_rank(lambda: checkpoints.claim(out, setup.resume)))
-        run(preset, setup, rules, shape, precision, at, Path(folder), steps, caught, work.starting(start))
+        run(preset, setup, rules, shape, precision, at, Path(folder), steps, caught, work)
 
 
 def read_settings(arguments: list[str], kind: Kind | None = None) -> tuple[str, Experiment]:
@@ -203,7 +204,7 @@ def run(
     specs = tuned.model.specs(model)
     pipeline = pipelining.plan(setup, shape)
     choices = resolved(rules, shape, precision) | {"pipeline": pipelining.described(setup, pipeline)}
-    whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, **provenance()}
+    whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, "decides": dict(work.decides), **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
     timing = pipelining.Timing(train.steps)

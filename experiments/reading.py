@@ -9,18 +9,23 @@ from typing import Any
 import torch
 
 from experiments.data_settings import DataFlags
+from experiments.initial import TOKENIZER
 from experiments.settings import Experiment
 from experiments.work import Work
 from mtl.data.batch_sizes import BatchSizes, constant, ramp, read_schedule
 from mtl.data.batches import BatchShape, host_batch
 from mtl.data.dataset import Dataset, DataSettings, check_vocabulary, data_vocabulary, describe, open_dataset
 from mtl.data.feed import Feed
+from mtl.data.identity import digest_arrays, identify
+from mtl.data.megatron_stream import MegatronSamples
 from mtl.data.python_text import python_text
 from mtl.data.samples import Samples, Windows
+from mtl.data.tokenizers import description
 from mtl.data.tokenizers.description import reopen
 from mtl.errors import UserError
 from mtl.sharding.parallel import Parallel
 
+MEGATRON = "the index of data.order megatron (it follows train.steps where a corpus comes more than once)"
 FOLLOWING = "torchrun --nproc-per-node 2 experiments/pretrain.py tiny --mesh.tensor 2 (the same numbers on two processes)"
 
 
@@ -54,13 +59,14 @@ def built_in(setup: Pretrain) -> Work:
         raise UserError(f"data.{ignored[0].replace('_', '-')} is given, but --data is not: the built-in text has no such setting.")
     if setup.model.vocab < 256:
         raise UserError(f"model.vocab is {setup.model.vocab}: the built-in text is bytes and needs at least 256.")
+    texts = python_text()
     train, valid = (
         Dataset(Windows(text, seed, name), {"python": len(text)}, {"python": 1.0})
-        for text, seed, name in zip(python_text(), (setup.train.seed, 0), ("train", "validation"), strict=True)
+        for text, seed, name in zip(texts, (setup.train.seed, 0), ("train", "validation"), strict=True)
     )
     return Work(
         train.samples, valid.samples, setup.train.eval_samples, bytes_per_token=1.0, epochs=_epochs(setup, train), prompt=tuple(b"def "),
-        decode=as_bytes, following=FOLLOWING,
+        decode=as_bytes, following=FOLLOWING, decides={"data": f"Python's own text, digest {digest_arrays(texts)}"},
     )  # fmt: skip
 
 
@@ -79,7 +85,23 @@ def corpora(setup: Pretrain) -> Work:
         train.samples, valid and valid.samples, t.eval_samples, (_described(setup, train, valid, test, sizes),),
         bytes_per_token=_bytes_per_token(setup, valid), test=test and test.samples, epochs=_epochs(setup, train),
         prompt=tuple(shown[: min(16, max(1, t.seq_len // 2))].tolist()), decode=_decoder(flags), following=FOLLOWING,
+        beside=_tokenizer(flags), decides=deciding(flags, train),
     )  # fmt: skip
+
+
+def deciding(flags: DataFlags, train: Dataset) -> dict[str, Any]:
+    """Say what the samples depend on: settings first, so that a changed one is named; then what each corpus holds."""
+    names = ["apart", "reset_positions", "mask_ends", "end", *(("fim_rate", "fim_spm_rate", "fim_ids") if flags.fim_rate else ())]
+    named = {f"data.{name}".replace("_", "-"): getattr(flags, name) for name in names}
+    weights = {s.name: "" if s.weight is None else f"{float(s.weight):g} of " for s in train.sources}
+    named |= {f"data ({s.name})": weights[s.name] + identify(s.corpus) for s in train.sources}
+    return named | ({MEGATRON: digest_arrays(train.samples.built.arrays())} if isinstance(train.samples, MegatronSamples) else {})
+
+
+def _tokenizer(flags: DataFlags) -> dict[str, bytes]:
+    """Let checkpoints say which tokenizer the data was built with."""
+    about = describe(flags)
+    return {} if about is None else {TOKENIZER: description.dumps(about).encode()}
 
 
 def as_bytes(tokens: list[int]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from experiments.initial import Start
+from experiments.initial import TOKENIZER, Start, agree
 from mtl.data.samples import Samples
 
 
@@ -36,10 +36,16 @@ class Work(NamedTuple):
     """The command to try next; RUN stands for the run's folder."""
     beside: Mapping[str, bytes] = MappingProxyType({})
     """Files that every checkpoint of the run carries on."""
+    decides: Mapping[str, Any] = MappingProxyType({})
+    """What decides the samples, by setting, saved with the run: a resumed run must find it equal."""
 
     def starting(self, start: Start | None) -> "Work":
         """Begin with the weights that ``--init`` names, unless this work begins by itself."""
-        return self if start is None else self._replace(begin=self.begin or start.state, beside={**start.beside, **self.beside})
+        if start is None:
+            return self
+        if TOKENIZER in start.beside and TOKENIZER in self.beside:
+            agree(start.beside[TOKENIZER], self.beside[TOKENIZER])
+        return self._replace(begin=self.begin or start.state, beside={**start.beside, **self.beside})
 
 
 class Kind(NamedTuple):

@@ -1,4 +1,4 @@
-"""Runs of pretrain.py as processes of their own, forked from one that has done the slow imports; they can be killed at any instant."""
+"""Runs of pretrain.py and finetune.py as processes forked from one that has done the slow imports; they can be killed at any instant."""
 
 import contextlib
 import json
@@ -54,11 +54,12 @@ class Forks:
         self.stream = ours.makefile("rw")
         self.count = 0
 
-    def start(self, arguments: list[str], ranks: int = 1) -> Run:
-        """Start a run."""
+    def start(self, arguments: list[str], ranks: int = 1, program: str = "pretrain") -> Run:
+        """Start a run of pretrain or finetune."""
         self.count += 1
         output = Path(self.folder.name) / f"out{self.count}"
-        return Run(self._ask({"arguments": arguments, "ranks": ranks, "output": str(output), "port": _free_port()}), output)
+        order = {"program": program, "arguments": arguments, "ranks": ranks, "output": str(output), "port": _free_port()}
+        return Run(self._ask(order), output)
 
     def wait(self, run: Run, seconds: float = 120) -> list[int]:
         """Wait for its end: exit codes, negative for signals. What is left then is killed."""
@@ -95,11 +96,12 @@ def _child(order: Any, rank: int) -> None:
     if world > 1:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
         os.environ.update({name: str(value) for name, value in place.items()})
-    sys.argv = ["pretrain.py", *order["arguments"]]
-    from experiments import pretrain
+    sys.argv = [f"{order['program']}.py", *order["arguments"]]
+    from experiments import finetune, pretrain
     from mtl.runtime import process
 
-    process.guarded(lambda: pretrain.main(caught))
+    kind = {"pretrain": pretrain.PRETRAIN, "finetune": finetune.FINETUNE}[order["program"]]
+    process.guarded(lambda: pretrain.main(caught, kind))
 
 
 def _end(pids: list[int], seconds: float) -> list[int]:
@@ -119,7 +121,7 @@ def _end(pids: list[int], seconds: float) -> list[int]:
 def _serve(stream: Any) -> None:
     import torch
 
-    from experiments import pretrain  # noqa: F401
+    from experiments import finetune  # noqa: F401
 
     torch.set_num_threads(1)
     for line in stream:

@@ -183,6 +183,13 @@ def test_documents_that_see_each_other_are_found(ranks: Ranks, references: Path)
     assert check(ranks, references, ("llama", "ring", 2, "none", "none"), apart=False)["error"] > 1e-3
 
 
+def test_light_weights_give_the_same_mean(ranks: Ranks) -> None:
+    """The loss divides by the sum of the target weights, also where that is less than 1; a batch without targets has loss 0."""
+    found = ranks.run("tests.cases.documents:weighed", 1, name="llama", factor=1e-4)
+    assert 0 < found["tokens"] < 0.1 and abs(found["tokens"] - found["sum"]) < 1e-12, found
+    assert found["error"] < 1e-9 and found["loss of nothing"] == 0.0, found
+
+
 def test_every_table_is_compared() -> None:
     assert {table for _, table, *_ in DEFAULT} == set(MESHES)
 

@@ -1,16 +1,44 @@
 """The command ``mtl``: its first word names a module beside this one, whose ``main(arguments)`` does the work."""
 
 import importlib
+import os
 import pkgutil
+import select
+import sys
 from pathlib import Path
 
 from mtl.errors import unknown
 from mtl.runtime import process
 
+READER_GONE = 141
+"""The exit code of a program whose reader has left: what a shell gives for one that SIGPIPE ended."""
+
 
 def main() -> None:
-    """Run one command; a user's error ends it with one message."""
-    process.guarded(run)
+    """Run one command; a user's error ends it with one message, and a reader that leaves (`mtl ... | head`) ends it without any."""
+    process.guarded(while_read)
+
+
+def while_read() -> None:
+    """Run one command as long as somebody reads what it prints."""
+    try:
+        run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not readers_gone():
+            raise  # another pipe than the output's: a worker is gone
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)  # what is still in Python's buffers goes there
+        process.leave(READER_GONE)
+
+
+def readers_gone() -> bool:
+    """Tell whether nobody reads standard output, or standard error, any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(found & (select.POLLERR | select.POLLHUP) for _, found in poll.poll(0))
 
 
 def run() -> None:

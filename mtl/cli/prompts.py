@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.initial import BESIDE
+from experiments.initial import BESIDE, TOKENIZER, built_in
 from mtl.checkpoint.contents import Contents
 from mtl.data import tokenizers
 from mtl.data.extra import need
+from mtl.data.tokenizers import description
 from mtl.errors import UserError
 
-OWN = "_tokenizer.json"
-"""The description of the tokenizer that a run was trained with, where it is not its model's."""
 EMPTY: Mapping[str, Any] = {}
 
 
@@ -37,11 +36,10 @@ def language(contents: Contents, given: str | None, vocab: int) -> Language:
             if name.startswith(BESIDE):
                 (folder / name.removeprefix(BESIDE)).write_bytes(contents.read(name))
         ends = end_tokens(folder)
-        if given is None and OWN in contents.files:
-            (folder / OWN).write_bytes(contents.read(OWN))
-            said = tokenizers.read(folder / OWN)
-            found = _none(contents.path) if said is None else _plain(tokenizers.reopen(said), False)
-        elif given == "bytes" or (given is None and not any(folder.iterdir()) and _is_bytes(contents)):
+        if given is None and TOKENIZER in contents.files:
+            said = description.loads(contents.read(TOKENIZER).decode(), f"{TOKENIZER} of {contents.path}")
+            found = _plain(tokenizers.reopen(said, folder), False)
+        elif given == "bytes" or (given is None and not any(folder.iterdir()) and built_in(contents)):
             found = _plain(tokenizers.load("bytes"), False)
         elif given is not None and not Path(given).is_dir():
             raise UserError(f"--tokenizer {given} is no folder: expected one with a tokenizer's files, or bytes.")
@@ -123,11 +121,6 @@ def _none(path: Path) -> Language:
         raise UserError(f"{path} has no tokenizer. Give its folder with --tokenizer, or prompts as --prompt-ids.")
 
     return Language(encode, lambda ids: " ".join(map(str, ids)) + " " if ids else "")
-
-
-def _is_bytes(contents: Contents) -> bool:
-    """Tell whether a run trained on the built-in text."""
-    return isinstance(contents.config, dict) and "preset" in contents.config
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -84,6 +84,7 @@ class Dataset:
     samples: Samples
     sizes: Mapping[str, int]
     shares: Mapping[str, float]
+    sources: Sequence[Source] = ()
 
     def epochs(self, tokens: float) -> dict[str, float]:
         """Say how often each corpus has been seen after so many tokens."""
@@ -141,13 +142,13 @@ def open_dataset(settings: DataSettings, split: str, seed: int, seq_len: int, sa
     shares = {s.name: float(Fraction(s.weight if s.weight is not None else s.corpus.size) / total) for s in sources}
     if settings.order == "megatron":
         parts = [(s.name, s.corpus, s.weight) for s in sources]
-        return Dataset(megatron_samples(parts, seq_len, samples, seed, reading), sizes, shares)
+        return Dataset(megatron_samples(parts, seq_len, samples, seed, reading), sizes, shares, sources)
     if sources[0].weight is None:
         whole = sources[0].corpus if len(sources) == 1 else Joined([s.corpus for s in sources])
         name = sources[0].name if len(sources) == 1 else "the joined corpora"
-        return Dataset(Stream(whole, random.key("data", seed, split, 0), name, reading), sizes, shares)
+        return Dataset(Stream(whole, random.key("data", seed, split, 0), name, reading), sizes, shares, sources)
     streams = [Stream(s.corpus, random.key("data", seed, split, k), s.name, reading) for k, s in enumerate(sources)]
-    return Dataset(Blended(Blend([s.weight or Fraction(0) for s in sources]), streams), sizes, shares)
+    return Dataset(Blended(Blend([s.weight or Fraction(0) for s in sources]), streams), sizes, shares, sources)
 
 
 def choose_reading(settings: DataSettings, sources: Sequence[Source], vocab: int | None) -> Reading:

@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mtl import random
 from mtl.data import megatron
@@ -24,6 +25,10 @@ class Built(NamedTuple):
     def size(self) -> int:
         """How many samples there are."""
         return len(self.parts[0][1].shuffle_index) if self.blend is None else len(self.blend.dataset_index)
+
+    def arrays(self) -> list[npt.NDArray[Any]]:
+        """Give every index but the blend's, whose choices do not depend on how many there are."""
+        return [array for _, found in self.parts for array in found]
 
 
 class MegatronSamples:

@@ -73,8 +73,9 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
 
 
 def loss_scale(par: Parallel, state: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Give (factor on the summed loss, target tokens in the global batch): the factor is 1 / tokens, times fp16's loss scale."""
-    count = psum(batch["weights"].sum(), par.layout("BS").used(), par.mesh).clamp(min=1.0)
+    """Give (factor on the summed loss, sum of the global batch's target weights): the factor is 1 / sum, times fp16's loss scale."""
+    count = psum(batch["weights"].sum(), par.layout("BS").used(), par.mesh)
+    count = torch.where(count > 0, count, torch.ones_like(count))  # a batch without targets: its loss is 0, not 0 / 0
     scale = state.opt_state["loss_scale"]["scale"] if "loss_scale" in state.opt_state else torch.ones_like(count)
     return scale.to(count.dtype) / count, count
 

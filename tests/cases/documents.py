@@ -94,3 +94,17 @@ def packed(name: str, table: str, world: int, remat: str, how: str, path: str, a
     errors = {k: ((got[k] - want[k]).abs().max() / want[k].abs().max().clamp(min=1e-30)).item() for k in want.keys() - idle}
     worst = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else float("inf"))
     return {"error": errors[worst], "where": worst, "loss": got["loss"].item(), "tokens": got["tokens"].item()}
+
+
+def weighed(name: str, factor: float) -> dict[str, float]:
+    """Compare a step on weights times a factor with the step on the weights: a mean does not see the factor."""
+    config, rng = model(name), np.random.default_rng(3)
+    arrays = {key: rng.integers(0, config.vocab, (BATCH, SEQ)) for key in ("tokens", "targets")}
+    weights = (rng.random((BATCH, SEQ)) < 0.1).astype(np.float64)
+
+    def step(weights: np.ndarray) -> Any:
+        return gradients(config, sharding_rules.load("single"), MeshShape(), 1, "none", "none", arrays | {"weights": weights})
+
+    want, got, nothing = step(weights), step(weights * factor), step(weights * 0)
+    errors = [((got[k] - want[k]).abs().max() / want[k].abs().max()).item() for k in want if k != "tokens"]
+    return {"error": max(errors), "tokens": got["tokens"].item(), "sum": weights.sum() * factor, "loss of nothing": nothing["loss"].item()}

@@ -47,6 +47,15 @@ class Description:
                 return f"{name.replace('_', '-')} is {_short(mine)} in one and {_short(theirs)} in the other"
         return None
 
+    def lost_in(self, other: "Description") -> str | None:
+        """Say what of this tokenizer another one lacks or changes, or None where it is this one, perhaps with more special tokens."""
+        for name in ("kind", "options", "sha256"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} was {_short(mine)} and is {_short(theirs)}"
+        moved = [name for name, i in self.special.items() if other.special.get(name) != i]
+        return f"{moved[0]} was {self.special[moved[0]]} and is {other.special.get(moved[0], 'missing')}" if moved else None
+
 
 def beside(prefix: str | Path) -> Path:
     """Name the description of the corpus ``prefix``.bin."""
@@ -79,7 +88,18 @@ def read(path: Path) -> Description | None:
     """Read a description; None where there is none (data of other programs)."""
     if not path.exists():
         return None
-    said: Any = read_json(path, "the tokenizer's description")
+    return _checked(read_json(path, "the tokenizer's description"), str(path))
+
+
+def loads(text: str, where: str) -> Description:
+    """Read a description from text; ``where`` names it in messages."""
+    try:
+        return _checked(json.loads(text), where)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}).") from None
+
+
+def _checked(said: Any, path: str) -> Description:
     if not isinstance(said, dict) or said.get("format") != FORMAT:
         raise UserError(f"{path} is no tokenizer description of mtl ({FORMAT!r}). Move it away, or build the data again.")
     fingerprint = said.pop("fingerprint", None)
