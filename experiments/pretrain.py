@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints, foretold, initial, pipelining, reading
+from experiments import checkpoints, foretold, initial, pipelining, reading, watching
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -136,6 +136,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         BatchShape(size, micro_batch(setup), train.seq_len).check(rows)
     if train.steps < 0 or train.eval_every < 0 or train.eval_samples < 1:
         raise UserError("train.steps and train.eval-every must not be negative, and train.eval-samples must be at least 1.")
+    watching.check(setup)
     if model.positions == "learned" and train.seq_len > model.max_positions:
         raise UserError(
             f"train.seq-len {train.seq_len} is longer than the model's {model.max_positions} learned positions (model.max-positions)."
@@ -233,11 +234,13 @@ def run(
         reading.counted(work, taken, batch),
         evaluated(setup, par, precision, work, pipeline, tuned),
         plan.hook(train.steps, log),
+        watching.compiling(log),
         lambda i, state, record: log.write(tidy(record)),
         timing.hook(folder, at.rank == 0),
     ]
     try:
         keeper.replay(state, hooks)
+        hooks += watching.profiled(setup, at, folder, f"{preset}, {precision.name}, mesh {shape}, rules {rules.name}", keeper.first, log)
         state = fit(state, step, batch, range(keeper.first, train.steps), [keeper.step_done, *hooks, keeper.save_if_due])
         keeper.finish()
         text = sample(setup, par, precision, state.params, work, tuned) if train.steps else ""

@@ -150,5 +150,7 @@ class Experiment:
     """What is computed again in backward: none, selective, full, or every:N."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """The run folder; by default runs/PRESET-TIME."""
+    profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    """So many steps are recorded (on the first device): the run's folder profile has a Chrome trace and a page on where time goes."""
     deterministic: bool = False
     """Bitwise the same numbers every time."""

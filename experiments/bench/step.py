@@ -3,15 +3,16 @@
 Prints one line a run and, with --json FILE, appends one JSON object.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -29,6 +30,7 @@ from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.runtime import process
+from mtl.runtime.profile import Profiler
 from mtl.sharding.mesh import make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
@@ -65,8 +67,10 @@ class Bench:
     """Draw all steps from one small set of samples, so that the loss can fall."""
     text: bool = False
     """Train on the built-in text instead of random tokens."""
-    profile: bool = False
-    """List one step's kernels by time at the end."""
+    profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
+    """Record so many more steps at the end: a Chrome trace, and a page on where their time goes."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/bench")
+    """Where the profile goes."""
     json: Path | None = None
 
 
@@ -86,10 +90,25 @@ class RandomTokens:
 def main() -> None:
     """Time one configuration."""
     bench = tyro.cli(Bench, args=process.command_line(), config=(tyro.conf.AvoidSubcommands,))
-    if bench.preset not in PRESETS:
-        raise unknown("preset", bench.preset, PRESETS)
     at = process.place()
     process.prepare_environment()
+    with prepared(bench, at) as (setup, chosen, run):
+        times: list[float] = []
+        losses: list[float] = []
+        for i in range(bench.steps):
+            start = time.perf_counter()
+            losses.append(run(i)["loss"].item())
+            times.append(time.perf_counter() - start)
+        report(bench, setup, chosen, at, times, losses)
+        if bench.profile:
+            profile(bench, f"{bench.preset} x{setup.model.layers}, {chosen}, {bench.precision} on {at.world} x {at.device.type}", at, run)
+
+
+@contextlib.contextmanager
+def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str, Callable[[int], Any]]]:
+    """Make ready what is timed: gives the settings, what was chosen in words, and ``run(i)``, which takes step i and gives its metrics."""
+    if bench.preset not in PRESETS:
+        raise unknown("preset", bench.preset, PRESETS)
     preset = PRESETS[bench.preset]
     model = dataclasses.replace(preset.model, layers=bench.layers or preset.model.layers, attention_impl=bench.attention)
     setup = dataclasses.replace(preset, model=model, mesh=bench.mesh, rules=bench.rules, precision=bench.precision, remat=bench.remat)
@@ -117,19 +136,20 @@ def main() -> None:
             else RandomTokens(model.vocab, bench.seed, 4 * total if bench.fixed else 1 << 40)
         )
         batches = BatchShape(total, bench.micro_batch_size, bench.seq_len)
-        times: list[float] = []
-        losses: list[float] = []
         ready = [batch_at(par, samples, i * total, batches, precision.param) for i in range(4 if not bench.text else bench.steps)]
-        for i in range(bench.steps):
-            start = time.perf_counter()
-            state, metrics = step(state, ready[i % len(ready)])
-            losses.append(metrics["loss"].item())
-            times.append(time.perf_counter() - start)
-        report(bench, setup, f"{rules.name} {shape}", at, times, losses)
-        if bench.profile:
-            table = kernel_table(lambda: step(state, ready[0]))
-            if at.rank == 0:
-                print(table, flush=True)
+        yield setup, f"{rules.name} {shape}", lambda i: step(state, ready[i % len(ready)])[1]
+
+
+def profile(bench: Bench, about: str, at: process.Place, run: Callable[[int], Any]) -> None:
+    """Take more steps under the profiler, on the first device."""
+    profiler = Profiler(bench.out / "profile", at.device, about) if at.rank == 0 else None
+    if profiler is not None:
+        profiler.start()
+    for i in range(bench.profile):
+        run(i)["loss"].item()
+    if profiler is not None:
+        profiler.stop(bench.profile)
+        print((profiler.folder / "summary.txt").read_text(), flush=True)
 
 
 def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, times: list[float], losses: list[float]) -> None:
@@ -156,21 +176,6 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
         if bench.json:
             with bench.json.open("a") as file:
                 file.write(json.dumps(found, default=str) + "\n")
-
-
-def kernel_table(run: Callable[[], Any], rows: int = 22) -> str:
-    """Profile one step and list the kernels that take the most time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.accelerator.synchronize()
-    totals: dict[str, list[float]] = {}
-    for event in profile.events() or []:
-        if event.device_time_total:
-            entry = totals.setdefault(event.name[:110], [0.0, 0])
-            entry[0] += event.device_time_total / 1e3
-            entry[1] += 1
-    ranked = sorted(totals.items(), key=lambda item: -item[1][0])
-    return "\n".join(f"{ms:9.2f} ms {count:5.0f} x  {name}" for name, (ms, count) in ranked[:rows])
 
 
 if __name__ == "__main__":

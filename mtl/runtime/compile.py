@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from mtl import tree
 from mtl.runtime import overlap
+from mtl.runtime.fingerprint import fingerprint
 
 _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
 _functorch_config: Any = importlib.import_module("torch._functorch.config")
@@ -52,15 +54,28 @@ def inductor_options(backend: Any, devices: int, device_type: str, overlapped: b
 def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any, options: Any) -> tuple[Callable[..., Any], list[Any]]:
     result: list[Any] = []
 
-    @_dynamo.allow_in_graph
     def whole(*leaves: Any) -> tuple[Any, ...]:
         out, shape_of_result = tree.flatten(fn(*tree.unflatten(structure, leaves)))
         result[:] = [shape_of_result]
         return tuple(out)
 
+    if backend == "inductor" and (key := fingerprint((fn, repr(structure)))) is not None:
+        options = {**(options or {}), **_known_to_cache(whole, key)}
+    own = _dynamo.allow_in_graph(whole)
+
     def run(*leaves: Any) -> Any:
-        return whole(*leaves)
+        return own(*leaves)
 
     # Dynamo keeps its graphs with the code object and does not tell closures apart: every function gets a code object of its own.
-    own = types.FunctionType(run.__code__.replace(co_name=f"run_{fn.__name__}"), run.__globals__, closure=run.__closure__)
-    return torch.compile(own, backend=backend, fullgraph=True, dynamic=False, options=options), result
+    run = types.FunctionType(run.__code__.replace(co_name=f"run_{fn.__name__}"), run.__globals__, closure=run.__closure__)
+    return torch.compile(run, backend=backend, fullgraph=True, dynamic=False, options=options), result
+
+
+def _known_to_cache(fn: Callable[..., Any], key: str) -> dict[str, Any]:
+    """Let AOTAutograd's cache keep what a function is traced to, so that the next start need not trace it: gives the option that does it.
+
+    The cache's key has the function's name alone, so the name tells what it computes; and the name must be one that can be imported.
+    """
+    fn.__module__, fn.__name__, fn.__qualname__ = __name__, f"graph_{key}", f"graph_{key}"
+    setattr(sys.modules[__name__], fn.__name__, fn)
+    return {"unsafe_marked_cacheable_functions": {f"{__name__}.{fn.__name__}": key}}

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,8 +48,16 @@ def leave_together(code: int) -> None:
     _leave(code)
 
 
-def prepare_environment(deterministic: bool = False) -> None:
-    """Set what must be set before a process group or a kernel exists; a workspace that the user chose stays."""
+def prepare_environment(deterministic: bool = False, cache: Path | None = None) -> None:
+    """Set what must be set before a process group or a kernel exists; a workspace or cache that the user chose stays.
+
+    What the compiler makes is kept in ``cache``, by default TORCHINDUCTOR_CACHE_DIR or the user's own cache folder: torch's default is a
+    folder of temporary files, which a restart of the machine empties.
+    """
+    if cache is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.absolute())
+    elif "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (home := _user_cache()) is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "mtl" / "compiled")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -145,6 +154,16 @@ def _first_to_speak() -> bool:
         return store.add("mtl/errors", 1) == 1
     except (RuntimeError, ValueError):
         return True
+
+
+def _user_cache() -> Path | None:
+    """Find the folder for files that programs keep for this user, if it can be written to."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 def command_line() -> list[str]:

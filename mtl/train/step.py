@@ -1,7 +1,7 @@
 """The training step: one pure function from (state, batch) to (state, metrics)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class StepOptions:
     clip: float = 1.0
     seed: int = 0
     overlap: bool = True
-    before_update: Callable[[], None] = lambda: None
+    before_update: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse an unknown way to compile."""

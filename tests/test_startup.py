@@ -1,0 +1,131 @@
+"""What a second start finds: a function's name in the compiler's cache, and the cache itself."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mtl.models import decoder
+from mtl.precision import PRECISIONS
+from mtl.runtime.fingerprint import fingerprint
+from mtl.train.loss import Remat, make_loss
+from tests.test_pretrain import MODEL, ROOT, SHORT, metrics, start
+
+CACHED = """
+import torch
+from mtl.runtime.compile import compiled
+from mtl.runtime.compile_time import compile_time
+from torch.func import grad
+
+traced = []
+
+def make(scale):
+    def loss(x):
+        traced.append(0)
+        return ((x @ x).sin() * scale).sum()
+    return compiled(grad(loss))
+
+x = torch.arange(16.0).reshape(4, 4) / 16
+found = [make(scale)(x).sum().item() for scale in (2.0, 3.0)]
+spent = compile_time()
+print(found, len(traced), spent.hits, spent.misses, spent.uncached)
+"""
+
+
+def made(scale: Any, more: Any = None) -> Callable[[Any], Any]:
+    """Close over values."""
+    return lambda x, y=more: x * scale + y
+
+
+def test_a_name_tells_what_is_closed_over() -> None:
+    assert fingerprint(made(2.0)) == fingerprint(made(2.0))
+    config = decoder.Config(layers=2, embed=16, heads=2, kv_heads=1, mlp=16, vocab=32)
+    values = [2.0, 3.0, 2, "2", None, (2.0,), [2.0], {"a": 1}, {"a": 2}, torch.float32, config, dataclasses.replace(config, layers=3),
+              made(1.0), made(1.5), functools.partial(made, 2), functools.partial(made, 3), torch.ops.aten.mm, torch.ops.aten.mm.default,
+              decoder, decoder.Config]  # fmt: skip
+    names = [fingerprint(made(value)) for value in values] + [fingerprint(made(0.0, value)) for value in values]
+    assert None not in names and len(set(names)) == len(names)
+
+
+def test_what_cannot_be_told_has_no_name() -> None:
+    assert fingerprint(made(torch.ones(2))) is None and fingerprint(made({"a": [torch.ones(2)]})) is None
+    assert fingerprint(made(torch.Generator())) is None and fingerprint(made(object())) is None
+
+
+def test_hidden_fields_do_not_count() -> None:
+    @dataclasses.dataclass
+    class Held:
+        size: int
+        memo: Any = dataclasses.field(default=None, repr=False)
+
+    assert fingerprint(made(Held(1, object()))) == fingerprint(made(Held(1))) != fingerprint(made(Held(2)))
+
+
+def test_a_model_s_loss_has_a_name_that_its_settings_change(one: Any) -> None:
+    config = decoder.Config(layers=1, embed=16, heads=2, kv_heads=1, head_size=8, mlp=16, vocab=32)
+    sizes = {**decoder.sizes(config), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), 16), "batch": 1}
+
+    def name(precision: str = "fp32", remat: str = "none", **changes: Any) -> str | None:
+        changed = dataclasses.replace(config, **changes)
+        par = one(**{**sizes, **decoder.sizes(changed)})
+        par.layout("BSD")  # fills a memo, which must not count
+        return fingerprint(make_loss(decoder, changed, par, PRECISIONS[precision], Remat(remat)))
+
+    names = [name(), name("bf16"), name(remat="full"), name(layers=2), name(attention_impl="plain")]
+    assert None not in names and len(set(names)) == 5 and names[0] == name()
+
+
+def test_a_second_process_finds_graphs_and_traces_less(tmp_path: Path) -> None:
+    """Two functions of one code, which differ in a constant, must not be mistaken for each other."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    (tmp_path / "program.py").write_text(CACHED)
+    said = [
+        subprocess.run([sys.executable, tmp_path / "program.py"], env=env, capture_output=True, text=True, check=True).stdout for _ in "ab"
+    ]
+    assert said[0].split("]")[0] == said[1].split("]")[0]
+    cold, warm = ([int(n) for n in text.split("]")[1].split()] for text in said)
+    assert cold[1:] == [0, 2, 0] and warm[1:] == [2, 0, 0]
+    assert warm[0] < cold[0], "the second start traces once a function, for shapes alone"
+
+
+def test_the_cache_lies_where_it_is_told_or_with_the_user(tmp_path: Path) -> None:
+    code = "import os; from mtl.runtime import process; process.prepare_environment(); print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    base = {k: v for k, v in os.environ.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")} | {"PYTHONPATH": str(ROOT)}
+
+    def place(**env: str) -> str:
+        return subprocess.run([sys.executable, "-c", code], env={**base, **env}, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert place(TORCHINDUCTOR_CACHE_DIR="/given") == "/given"
+    assert place(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "mtl/compiled")
+    (tmp_path / "file").touch()
+    assert place(XDG_CACHE_HOME=str(tmp_path / "file/under")) == "None", "torch's own default, where the user has no folder"
+
+
+@pytest.mark.slow
+def test_a_run_tells_its_compile_time_and_the_next_one_is_warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    flags = ["tiny", *SHORT, *MODEL, "--precision", "fp32", "--compile", "step"]
+    runs = [start([*flags, "--out", str(tmp_path / name)]) for name in "ab"]
+    assert [r.returncode for r in runs] == [0, 0], runs[0].stderr
+    cold, warm = (metrics(tmp_path / name) for name in "ab")
+    assert "compiled in step 1" in runs[0].stdout and "graphs 2 from the cache, 0 new" in runs[1].stdout
+    assert warm[0]["compile_time"] < cold[0]["compile_time"] / 2 and "compile_time" not in cold[1]
+    assert [m["loss"] for m in cold] == [m["loss"] for m in warm]
+
+
+@pytest.mark.slow
+def test_the_bench_tells_cold_from_warm(tmp_path: Path) -> None:
+    flags = ["--preset", "tiny", "--layers", "1", "--seq-len", "32", "--precision", "fp32", "--micro-batch-size", "1"]
+    command = [sys.executable, "experiments/bench/startup.py", *flags, "--json", str(tmp_path / "found.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "found.json").read_text())["starts"]
+    assert found[0]["graphs made"] == found[1]["graphs from cache"] == 2 and found[1]["graphs made"] == 0
+    assert found[1]["first step"] < found[0]["first step"] and "cold" in done.stdout
