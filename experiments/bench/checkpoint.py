@@ -45,7 +45,13 @@ def main() -> None:
     bench = tyro.cli(Bench, args=process.command_line())
     at = process.place()
     with process.process_group(at):
-        for folder in bench.folders if bench.mode != "gpu" else bench.folders[:1]:
+        for folder in bench.folders:
+            need = 1.2 * bench.gib * 2**30 * (at.world if bench.mode == "gpu" else 1)
+            free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
+            if free < need:
+                if at.rank == 0:
+                    print(f"{folder} is left out: {free / 2**30:.0f} GiB are free, {need / 2**30:.0f} are needed", flush=True)
+                continue
             if at.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
@@ -142,9 +148,11 @@ def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     parts = {f"w{i}": torch.randn(1 << 14, each >> 14, device=at.device) for i in range(leaves)}
     state = {name: DTensor.from_local(x, mesh, [Shard(0)], run_check=False) for name, x in parts.items()}
     state["step"] = DTensor.from_local(torch.zeros((), device=at.device), mesh, [Replicate()], run_check=False)
-    x = torch.randn(8192, 8192, device=at.device, dtype=torch.bfloat16)
+    x = torch.randn(*[8192 if at.device.type == "cuda" else 256] * 2, device=at.device).to(torch.bfloat16)
     products, saver = 1, Saver()
-    saver.prepare(state)
+    begun = time.perf_counter()
+    saver.prepare(state).join()
+    prepared = time.perf_counter() - begun
 
     def step() -> tuple[float, float]:
         begun = time.perf_counter()
@@ -162,7 +170,7 @@ def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     step()
     products = max(1, int(bench.step_seconds / step()[0]))
     quiet = [step()[0] for _ in range(10)]
-    found: list[str] = []
+    found = [f"memory for copies taken in {prepared:.1f} s"]
     for i in range(bench.repeats):
         dist.barrier()
         begun = time.perf_counter()
@@ -173,12 +181,13 @@ def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
             busy.append(step())
         saver.wait()
         whole = time.perf_counter() - begun
+        quiet += [step()[0] for _ in range(3)]
         usual = sorted(quiet)[len(quiet) // 2]
         late = sum(t for t, _ in busy[1:]) / max(len(busy) - 1, 1) / usual - 1
         first = busy[0][0] - usual + call if busy else call
         found.append(
             f"save {i}: call {call:.3f} s, fence {max((w for _, w in busy), default=0):.3f} s, first step later by {first:.3f} s, "
-            f"steps while writing slower by {100 * late:.1f} %, on the disk after {whole:.1f} s (a step takes {usual:.3f} s)"
+            f"{len(busy)} steps while writing slower by {100 * late:.1f} %, on the disk after {whole:.1f} s (a step takes {usual:.3f} s)"
         )
         if at.rank == 0:
             shutil.rmtree(folder / str(i))

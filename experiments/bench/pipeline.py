@@ -1,6 +1,6 @@
 """Time pipeline schedules against FSDP on the same devices: `torchrun --nproc-per-node 4 experiments/bench/pipeline.py --preset llama3_8b`.
 
-For every number of micro-batches: FSDP over all devices, then each schedule over a pipeline of all of them, on the same random tokens.
+FSDP over all devices, then each schedule over a pipeline of all of them, with every number of micro-batches, on the same random tokens.
 Prints a line each and, with --out, writes one JSON object a line and pictures of the last step's times under the simulation.
 """
 
@@ -64,10 +64,9 @@ def main() -> None:
     if bench.out and at.rank == 0:
         bench.out.mkdir(parents=True, exist_ok=True)
     with process.process_group(at):
-        for micros in bench.microbatches:
-            base = timed(bench, None, micros, at, None)
-            for name in bench.schedules:
-                timed(bench, name, micros, at, base)
+        base = timed(bench, None, at, {})
+        for name in bench.schedules:
+            timed(bench, name, at, base)
 
 
 def settings(bench: Bench, name: str | None, micros: int, world: int) -> Experiment:
@@ -83,21 +82,37 @@ def settings(bench: Bench, name: str | None, micros: int, world: int) -> Experim
     )
 
 
-def timed(bench: Bench, name: str | None, micros: int, at: process.Place, base: float | None) -> float:
-    """Time one schedule (None: FSDP) and give its tokens a second and device."""
-    setup = settings(bench, name, micros, at.world)
+def timed(bench: Bench, name: str | None, at: process.Place, base: dict[int, float]) -> dict[int, float]:
+    """Time one schedule (None: FSDP) with every number of micro-batches and give its tokens a second and device."""
+    setup = settings(bench, name, bench.microbatches[0], at.world)
     rules, shape = pretrain.choose_layout(setup, at.world)
     setup = pretrain.with_micro_batch(setup, rules, shape)
     precision = pretrain.choose_precision(setup, at.device)
     pretrain.check(setup, rules, shape, precision, at.device)
     par = Parallel(make_mesh(shape, at.device.type), rules, pretrain.sizes(setup, rules, shape), precision.reduce)
-    specs, pipeline, timing = decoder.specs(setup.model), pipelining.plan(setup, shape), pipelining.Timing(0)
+    specs, pipeline = decoder.specs(setup.model), pipelining.plan(setup, shape)
     optimizer, rate = adamw(params.decayed(specs)), schedule("constant", 3e-4, 1000, 5)
     options = pretrain.make_step_options(setup, precision, at.device)
-    step = pipelining.make_steps(pipeline, setup.model, par, optimizer, rate, options, timing)
+    step = pipelining.make_steps(pipeline, setup.model, par, optimizer, rate, options, pipelining.Timing(0))
     state = init_state(specs, rules, par.mesh, 0, precision, optimizer)
-    samples = RandomTokens(setup.model.vocab, 0, 4 * micros)
-    batch = batch_at(par, samples, 0, BatchShape(micros, 1, bench.seq_len), precision.param)
+    speeds: dict[int, float] = {}
+    for micros in bench.microbatches:
+        now = settings(bench, name, micros, at.world)
+        batch = batch_at(par, RandomTokens(setup.model.vocab, 0, 4 * micros), 0, BatchShape(micros, 1, bench.seq_len), precision.param)
+        found = run(bench, step, state, batch)
+        speeds[micros] = found["speed"] = micros * bench.seq_len / found["seconds"] / at.world
+        report(bench, pretrain.with_micro_batch(now, rules, shape), pipeline, step, found, base.get(micros), at)
+    del step, state
+    gc.collect()
+    if at.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    dist.barrier()
+    return speeds
+
+
+def run(bench: Bench, step: Any, state: Any, batch: Any) -> dict[str, Any]:
+    """Take some steps; give their times."""
     times: list[float] = []
     losses: list[float] = []
     for i in range(bench.steps):
@@ -107,16 +122,7 @@ def timed(bench: Bench, name: str | None, micros: int, at: process.Place, base: 
         state, metrics = step(state, batch)
         losses.append(metrics["loss"].item())
         times.append(time.perf_counter() - begun)
-    seconds = statistics.median(times[bench.warmup : -1])
-    speed = micros * bench.seq_len / seconds / at.world
-    report(bench, setup, pipeline, step, {"speed": speed, "seconds": seconds, "first": times[0], "losses": losses}, base, at)
-    del step, state, batch, timing
-    gc.collect()
-    if at.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    dist.barrier()
-    return speed
+    return {"seconds": statistics.median(times[bench.warmup : -1]), "first": times[0], "losses": losses}
 
 
 def report(bench: Bench, setup: Experiment, pipeline: Any, step: Any, found: dict[str, Any], base: float | None, at: process.Place) -> None:

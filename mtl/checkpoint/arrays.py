@@ -1,5 +1,6 @@
 """Arrays on disk through tensorstore: zarr3, tiles inside files, crc32c over every tile; and torch memory as numpy sees it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -38,6 +39,13 @@ def dtype_name(dtype: torch.dtype, what: str) -> str:
     return name
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Take memory on the CPU by way of numpy, which asks for huge pages: filled four times as fast as torch's."""
+    if not math.prod(shape):
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(tuple(shape))
+
+
 def as_numpy(x: Tensor) -> Any:
     """View a CPU tensor as a numpy array: the same memory, bfloat16 and float8 included."""
     name = str(x.dtype).removeprefix("torch.")
@@ -74,9 +82,15 @@ def open_new(folder: Path, name: str, meta: Mapping[str, Any], ctx: Any) -> Any:
     return ts.open(spec, open=True, assume_metadata=True, context=ctx)
 
 
-def open_old(folder: Path, name: str, ctx: Any, driver: str = "zarr3", ocdbt: bool = False) -> Any:
-    """Open an array to read; a missing file is an error, never zeros. Gives a future."""
-    spec = {**_spec(folder, name), "driver": driver, "fill_missing_data_reads": False}
+def open_old(folder: Path, name: str, ctx: Any, driver: str = "zarr3", ocdbt: bool = False, mapped: bool = False) -> Any:
+    """Open an array to read; a missing file is an error, never zeros. Gives a future.
+
+    ``mapped`` reads files through memory maps: half the processor time (tensorstore takes fresh pages for every plain read), for files
+    that are read whole, since the kernel reads ahead of a map more than of a file.
+    """
+    spec: dict[str, Any] = {**_spec(folder, name), "driver": driver, "fill_missing_data_reads": False}
+    if mapped:
+        spec["kvstore"]["file_io_mode"] = {"mode": "memmap"}
     if ocdbt:
         spec["kvstore"] = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}, "path": f"{name}/"}
     return ts.open(spec, open=True, read=True, context=ctx)

@@ -37,17 +37,20 @@ class Saver:
         self._slabs: list[Tensor] = []
         self._lock = threading.RLock()
 
-    def prepare(self, state: tree.Tree) -> None:
+    def prepare(self, state: tree.Tree) -> threading.Thread:
         """Take the memory for copies of such a state now, in a thread, so that the first save is as quick as the others."""
 
         def work() -> None:
             with self._lock:
                 plan, device = make_plan(state, peers()), device_of(state)
+                _enter(device)
                 size, slabs = self._sizes([(leaf, box) for leaf in plan.leaves for box in leaf.mine])
                 for i in range(slabs):
                     self._slab(i, size, device)
 
-        threading.Thread(target=work, name="prepare", daemon=True).start()
+        thread = threading.Thread(target=work, name="prepare", daemon=True)
+        thread.start()
+        return thread
 
     def save(
         self,
@@ -74,6 +77,7 @@ class Saver:
 
             def work() -> None:
                 try:
+                    _enter(device)
                     waves = self._copy_waves(plan, part, device, ready)
                     first = next(waves, [])
                     write_checkpoint(path, plan, small, group, _chain(first, waves), self.threads)
@@ -168,6 +172,12 @@ def device_of(state: tree.Tree) -> torch.device:
 def describe(problem: Exception) -> str:
     """Say an error in one line."""
     return str(problem) if isinstance(problem, UserError) else f"saving failed: {type(problem).__name__}: {problem}"
+
+
+def _enter(device: torch.device) -> None:
+    """Make the state's device this thread's: a new thread begins on the first, where it would set up a context of its own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _mark(device: torch.device) -> Any:

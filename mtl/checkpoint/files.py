@@ -18,6 +18,8 @@ MANIFEST = "_mtl.json"
 VERSION = 1
 UNFINISHED = ".orbax-checkpoint-tmp"
 """A folder with this ending is being written, or was left behind; Orbax and mtl never list it."""
+LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs")
+"""File systems of this machine alone, whose files may be read through memory maps: a server that goes away would kill the reader."""
 
 
 def dump(value: Any) -> bytes:
@@ -92,6 +94,16 @@ def check_file(folder: Path, name: str, want: Mapping[str, Any]) -> bytes:
     if stamp(data) != dict(want):
         raise Damaged(f"{folder / name} is damaged: its checksum does not match. Restore another checkpoint.")
     return data
+
+
+def is_local(path: Path) -> bool:
+    """Tell whether a path lies on this machine's own disks or memory, as the table of mounts says; elsewhere it has none."""
+    try:
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    over = [(len(where), kind) for _, where, kind, *_ in mounts if path.resolve().is_relative_to(where.replace("\\040", " "))]
+    return max(over, default=(0, ""))[1] in LOCAL
 
 
 def unfinished(path: Path) -> Path:

@@ -18,7 +18,7 @@ from mtl.errors import UserError
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of a part of an array."""
 
-FILE_BYTES = 128 << 20
+FILE_BYTES = 64 << 20
 SHARE_BYTES = 1 << 20
 """Copies of a box smaller than this are written by one holder; larger ones are shared out among the holders."""
 TILE_BYTES = 1 << 20
@@ -143,6 +143,11 @@ def cells(box: Box, chunk: Sequence[int]) -> Iterator[Box]:
     starts = [range(o, o + n, c) for o, n, c in zip(offset, shape, chunk, strict=True)]
     for corner in itertools.product(*starts):
         yield corner, tuple(min(c, o + n - s) for s, o, n, c in zip(corner, offset, shape, chunk, strict=True))
+
+
+def whole(box: Box, shape: Sequence[int], chunk: Sequence[int]) -> bool:
+    """Tell whether a part is made of whole files."""
+    return all(o % c == 0 and ((o + n) % c == 0 or o + n == full) for o, n, full, c in zip(*box, shape, chunk, strict=True))
 
 
 def writers(splits: Sequence[tuple[Split, tuple[int, ...], int]], world: int) -> list[dict[int, list[Box]]]:

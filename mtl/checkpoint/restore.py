@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from mtl import tree
 from mtl.checkpoint import arrays, geometry
 from mtl.checkpoint.contents import ArrayInfo, Contents, inspect
+from mtl.checkpoint.files import is_local
 from mtl.checkpoint.geometry import Box
 from mtl.checkpoint.peers import CheckpointError, Damaged, Peers, peers
 from mtl.errors import UserError
@@ -65,7 +66,15 @@ def compare(contents: Contents, leaves: Sequence[tuple[str, Any]], tops: set[str
 def read_leaves(contents: Contents, leaves: Sequence[tuple[str, Any]], threads: int = 8) -> dict[str, Tensor]:
     """Read this process's part of every leaf."""
     ctx = arrays.context(threads)
-    opening = {name: arrays.open_old(contents.item, name, ctx, contents.driver, contents.ocdbt) for name, _ in leaves}
+    boxes = {name: local_box(name, x) for name, x in leaves}
+    near = contents.by_mtl and is_local(contents.item)
+
+    def opened(name: str) -> Any:
+        info = contents.arrays[name]
+        mapped = near and geometry.whole(boxes[name], info.shape, info.file)
+        return arrays.open_old(contents.item, name, ctx, contents.driver, contents.ocdbt, mapped)
+
+    opening = {name: opened(name) for name, _ in leaves}
     made: dict[str, Tensor] = {}
     waiting: deque[tuple[str, Any, Any, Tensor | None]] = deque()
 
@@ -79,10 +88,10 @@ def read_leaves(contents: Contents, leaves: Sequence[tuple[str, Any]], threads: 
         info, array = contents.arrays[name], _result(contents, name, opening[name])
         if tuple(array.shape) != info.shape or array.dtype.name != info.dtype:
             raise Damaged(f"{contents.item / name}: the array is not what the checkpoint lists. Restore another checkpoint.")
-        offset, shape = local_box(name, x)
+        offset, shape = boxes[name]
         device = torch.device(x.device_mesh.device_type) if isinstance(x, DTensor) else x.device
         device = torch.device("cpu") if device.type == "meta" else device
-        made[name] = local = torch.empty(shape, dtype=x.dtype, device=device)
+        made[name] = local = arrays.empty(shape, x.dtype) if device.type == "cpu" else torch.empty(shape, dtype=x.dtype, device=device)
         stored = arrays.DTYPES[info.dtype]
         if 0 in shape:
             continue

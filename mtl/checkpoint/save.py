@@ -29,10 +29,11 @@ Part = Callable[[str, Box], Tensor]
 
 FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
 
-IN_FLIGHT = 512 << 20
-"""Bytes that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
+THREADS = min(8, os.cpu_count() or 1)
+IN_FLIGHT = geometry.FILE_BYTES
+"""Bytes a thread that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
 STREAMED = 128 << 20
-"""The same where values come box by box because they do not fit in memory."""
+"""The same, over all threads, where values come box by box because they do not fit in memory."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def save(
     plan = make_plan(state, group, files_of)
     small = small_files(host, config, extra)
     state = regular(state)
-    give, in_flight = (part_of(state), IN_FLIGHT) if part is None else (part, STREAMED)
+    give, in_flight = (part_of(state), None) if part is None else (part, STREAMED)
     boxes = ((leaf, box, give(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine)
     write_checkpoint(path, plan, small, group, [boxes], in_flight=in_flight)
 
@@ -188,19 +189,19 @@ def write_checkpoint(
     small: Mapping[str, bytes | Path],
     group: Peers,
     waves: Iterable[Iterable[Piece]],
-    threads: int | None = None,
-    in_flight: int = IN_FLIGHT,
+    threads: int = THREADS,
+    in_flight: int | None = None,
 ) -> None:
     """Write beside the place, flush, and commit: visible whole on every process's return, or not at all.
 
     The pieces of a wave are on the disk before the next wave is asked for.
     """
-    begun, ctx = time.time(), arrays.context(threads or min(8, os.cpu_count() or 1))
+    begun, ctx = time.time(), arrays.context(threads)
     folder = files.unfinished(path) / ITEM
     unlock: list[Callable[[], None]] = []
     try:
         group.together(f"begin {path}", lambda: unlock.append(_begin(path, plan, ctx)) if group.rank == 0 else None)
-        group.together(f"write {path}", lambda: [_write_pieces(folder, pieces, ctx, in_flight) for pieces in waves])
+        group.together(f"write {path}", lambda: [_write_pieces(folder, pieces, ctx, in_flight or threads * IN_FLIGHT) for pieces in waves])
         group.together(f"commit {path}", lambda: _commit(path, plan, small, begun) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:

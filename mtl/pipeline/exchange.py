@@ -17,18 +17,20 @@ from mtl.sharding.parallel import Parallel
 
 @dataclass(frozen=True)
 class Move:
-    """How one parameter goes: ``send[i]`` are the rows (of its dimension ``dim`` at rest) for member i of ``group``."""
+    """How one parameter goes: ``send[i]`` are the rows (of its dimension ``dim`` at rest) for member i of ``group``.
+
+    The rows lie on the device, so that no step waits for a copy of them.
+    """
 
     dim: int
     group: str
-    send: tuple[tuple[int, ...], ...]
+    send: tuple[Tensor, ...]
     receive: tuple[int, ...]
 
     def to_stage(self, x: Tensor) -> Tensor:
         """Send rows at rest to where they are used; take those that are used here, in order."""
         rows = x.movedim(self.dim, 0)
-        wanted = torch.tensor([r for rows in self.send for r in rows], dtype=torch.int64, device=x.device)
-        out = exchange_raw(rows.index_select(0, wanted), list(self.receive), [len(rows) for rows in self.send], self.group)
+        out = exchange_raw(rows.index_select(0, torch.cat(self.send)), list(self.receive), [len(rows) for rows in self.send], self.group)
         return out.movedim(0, self.dim)
 
     def to_rest(self, grad: Tensor, rest: Tensor) -> Tensor:
@@ -38,8 +40,7 @@ class Move:
         shape = rest.movedim(self.dim, 0).shape
         out = torch.zeros(shape, dtype=grad.dtype, device=grad.device)
         for rows, part in zip(self.send, parts, strict=True):
-            if rows:
-                out.index_add_(0, torch.tensor(rows, dtype=torch.int64, device=grad.device), part)
+            out.index_add_(0, rows, part)
         return out.movedim(0, self.dim)
 
 
@@ -76,6 +77,7 @@ def plan(par: Parallel, letters: str, shape: Sequence[int], layers: Sequence[Seq
         return None
     own = resting(par.mesh.index(axes))
     mine = used(par.mesh.index(axes))
-    send = tuple(tuple(row - own.start for row in used(m) if row in own) for m in range(count))
+    sent = [[row - own.start for row in used(m) if row in own] for m in range(count)]
+    send = tuple(torch.tensor(rows, dtype=torch.int64, device=par.mesh.device_type) for rows in sent)
     receive = tuple(sum(1 for row in mine if row in resting(m)) for m in range(count))
     return Move(dim, par.mesh.group(axes), send, receive)

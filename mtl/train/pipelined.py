@@ -19,7 +19,7 @@ from mtl.pipeline.links import Links
 from mtl.pipeline.run import run
 from mtl.pipeline.schedules import forwards
 from mtl.pipeline.simulate import Span
-from mtl.pipeline.stage import Form, Forward, Functions, Pieces, Training, trace_pieces
+from mtl.pipeline.stage import Form, Forward, Functions, Pieces, Training, micro_batch, trace_pieces
 from mtl.pipeline.table import Action, Table
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled, inductor_options
@@ -81,8 +81,8 @@ class Staging:
         )
 
     def pieces(self, functions: Functions, batch: Batch, compile: Any = None) -> Pieces:
-        """Trace the model, once for each shape of batches."""
-        known = tuple((name, tuple(x.shape)) for name, x in batch.items())
+        """Trace the model, once for each shape of micro-batches."""
+        known = tuple((name, tuple(x.shape)) for name, x in micro_batch(batch, 0).items())
         if known not in self.traced:
             table = "compute" if self.par.rules.gather == "step" else "store"
 
