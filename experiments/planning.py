@@ -93,6 +93,7 @@ def record(job: Job, device: int = 0) -> Records:
     layers = job.config.layers
     period = 2 * repeat(job)  # a compiler stores the residual stream every other layer
     first = (layers - 1) % period + 1
+    first = min(layers, first + period) if first == 1 else first
     rounds = (layers - first) // period
     few = record_gradient(job, first, device)
     more = record_gradient(job, first + period, device) if rounds else few

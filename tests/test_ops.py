@@ -442,3 +442,30 @@ def test_dropout_passes_gradients_where_it_passes_values() -> None:
     got = torch.autograd.grad(out.sum(), x)[0]
     assert torch.equal(got == 0, out == 0)
     close(got[got != 0], torch.full_like(got[got != 0], 1 / 0.7), 1e-15)
+
+
+def test_plain_attention_has_second_derivatives_and_vmap() -> None:
+    """Through the Function as through ordinary arithmetic, to the last bits; a batch of them at once too."""
+    from torch.func import grad, vmap
+
+    from mtl.kernels import plain
+
+    make = torch.Generator().manual_seed(0)
+    q, k, v, weight, direction = (torch.randn(2, 5, 2, 4, dtype=torch.float64, generator=make) for _ in range(5))
+    mask = Mask(True, None)
+
+    def twice(run: Any) -> Any:
+        first = grad(lambda q, k, v: (run(q, k, v) * weight).sum())
+        return grad(lambda q, k, v: (first(q, k, v) * direction).sum(), argnums=(0, 1, 2))(q, k, v)
+
+    got = twice(lambda q, k, v: attend(q, k, v, mask, None, 0.5, "plain"))
+    want = twice(lambda q, k, v: plain.forward(q, k, v, mask, None, 0.5)[0])
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 1e-13 * b.abs().max()
+
+    def score(q: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (attend(q.unsqueeze(0), k[:1], v[:1], mask, None, 0.5, "plain")[0] * w).sum()
+
+    each = vmap(grad(score))(q, weight)
+    alone = torch.stack([grad(score)(a, w) for a, w in zip(q, weight, strict=True)])
+    assert (each - alone).abs().max() <= 1e-13

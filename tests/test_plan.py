@@ -92,7 +92,32 @@ def test_short_models_tell_what_long_ones_do(remat: str, how: str) -> None:
     whole = planning.record_gradient(job, 9)
     assert count(records.ran(whole)) == records.counts()["gradient"]
     exact = dataclasses.replace(records, few=whole, more=whole, rounds=0)
-    assert memory(records).peak == pytest.approx(memory(exact).peak, rel=0.01)
+    assert memory(records).peak == pytest.approx(memory(exact).peak, rel=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_weights_gathered_ahead_count_once(remat: str) -> None:
+    """What the first gathers of a short model lack is no cost of a layer: many thin shards, whose peak lies where that would show."""
+    job, _ = preset_job("llama3_70b", MeshShape(fsdp=256), 1, 4096, 11, remat=remat)
+    records = planning.record(job)
+    whole = planning.record_gradient(job, 11)
+    assert records.rounds >= 3
+    found, exact = memory(records), memory(dataclasses.replace(records, few=whole, more=whole, rounds=0))
+    assert found.parts == exact.parts and found.when == exact.when
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_every_table_is_planned_for_gpus(name: str) -> None:
+    """On tensors without memory some kernels differ from the CPU's: all must be recorded, packed documents too."""
+    mesh = MESHES[name][max(MESHES[name])]
+    model = dataclasses.replace(MODELS["mistral"], head_size=8)
+    sizes = {**decoder.sizes(model), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), 64), "batch": 8}
+    options = StepOptions(PRECISIONS["bf16"], "selective", "step")
+    optimizer = adamw(decayed(decoder.specs(model)))
+    job = planning.Job(model, load(name), mesh, sizes, options, optimizer, schedule("constant", 1.0, 1), 1)
+    apart = [count(planning.record_gradient(dataclasses.replace(job, documents=d), 1).ops) for d in (False, True)]
+    assert apart[0].matmul_flops == apart[1].matmul_flops > 0
+    assert apart[0].attention_flops > 0 and apart[1].attention_flops > 0
 
 
 def test_layers_that_differ_are_told_apart() -> None:

@@ -230,21 +230,29 @@ def _where(life: Life, place: int) -> str:
 
 
 def _aligned(few: Life, more: Life) -> list[tuple[int, int]]:
-    """Pair the kernels of two models that differ by a round of layers: around the head, and from the end."""
+    """Pair the kernels of two models that differ by a round of layers: around the head, and from the end.
+
+    Around the head the short model's outermost layer is left out: what a compiler starts ahead of it is missing there, and would count
+    once for every round.
+    """
+    depth = max((op.layer for op, _ in few.steps if op.scope == "block"), default=0)  # layers but the outermost
 
     def same(i: int, j: int) -> bool:
         a, b = few.steps[i][0], more.steps[j][0]
         return (a.name, a.scope, a.shape) == (b.name, b.scope, b.shape)
 
-    def run(i: int, j: int, step: int) -> list[tuple[int, int]]:
+    def run(i: int, j: int, step: int, most: int) -> list[tuple[int, int]]:
         pairs: list[tuple[int, int]] = []
-        while 0 <= i < len(few.steps) and 0 <= j < len(more.steps) and same(i, j):
+        while 0 <= i < len(few.steps) and 0 <= j < len(more.steps) and same(i, j) and len(pairs) < most:
             pairs.append((few.steps[i][1], more.steps[j][1]))
             i, j = i + step, j + step
         return pairs
 
     heads = [next((i for i, (op, _) in enumerate(life.steps) if op.scope == "head"), 0) for life in (few, more)]
-    found = run(heads[0], heads[1], 1) + run(heads[0] - 1, heads[1] - 1, -1) + run(len(few.steps) - 1, len(more.steps) - 1, -1)
+    last = max((i for i, (op, _) in enumerate(few.steps) if op.scope == "head"), default=0)
+    before, after = heads[0] * depth // (depth + 1), last - heads[0] + (len(few.steps) - last) * depth // (depth + 1)
+    found = run(heads[0], heads[1], 1, after) + run(heads[0] - 1, heads[1] - 1, -1, before)
+    found += run(len(few.steps) - 1, len(more.steps) - 1, -1, len(few.steps))
     return found or [(0, 0)]
 
 

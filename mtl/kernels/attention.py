@@ -236,6 +236,8 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
 
 
 class _Attend(Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, mask: Mask, dq: Any, dk: Any, scale: float) -> Pair:
         return kernel.forward(q, k, v, mask, None if dq is None else Documents(dq, dk), scale)
@@ -250,7 +252,11 @@ class _Attend(Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         q, k, v, out, lse, dq, dk = ctx.saved_tensors
         documents = None if dq is None else Documents(dq, dk)
-        return *ctx.kernel.backward(grad, q, k, v, out, lse, ctx.mask, documents, ctx.scale), None, None, None, None, None
+        if ctx.kernel.backward is plain.backward:  # saved results are constants to a second derivative: this backward uses none
+            found = plain.own_backward(grad, q, k, v, ctx.mask, documents, ctx.scale)
+        else:
+            found = ctx.kernel.backward(grad, q, k, v, out, lse, ctx.mask, documents, ctx.scale)
+        return *found, None, None, None, None, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float, impl: str = "auto") -> Tensor:

@@ -35,14 +35,28 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, documents: Documents | None, scale: float
 ) -> Triple:
-    """Give the gradients of queries, keys and values."""
-    dtype, groups = wide(q.dtype), (k.shape[2], -1)
-    g = grad.to(dtype).unflatten(2, groups)
+    """Give the gradients of queries, keys and values. ``out`` and ``lse`` may belong to more keys than these."""
+    groups = (k.shape[2], -1)
     scores = masked_scores(q, k, mask, documents, scale)
     weights = torch.exp(scores - _finite(lse).unflatten(1, groups).unsqueeze(-1))
+    delta = (grad.to(weights.dtype) * out.to(weights.dtype)).sum(-1).transpose(1, 2).unflatten(1, groups)
+    return _pull(grad, q, k, v, weights, delta, scale)
+
+
+def own_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float) -> Triple:
+    """Give the same where these are all keys, from nothing but the arguments of forward: this one has derivatives itself."""
+    scores = masked_scores(q, k, mask, documents, scale)
+    weights = torch.exp(scores - _finite(torch.logsumexp(scores, -1)).unsqueeze(-1))
+    return _pull(grad, q, k, v, weights, None, scale)
+
+
+def _pull(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, delta: Tensor | None, scale: float) -> Triple:
+    dtype, groups = weights.dtype, (k.shape[2], -1)
+    g = grad.to(dtype).unflatten(2, groups)
     dv = torch.einsum("bnmqt,bqnmk->btnk", weights, g)
-    delta = (grad.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).unflatten(1, groups)
-    ds = weights * (torch.einsum("bqnmk,btnk->bnmqt", g, v.to(dtype)) - delta.unsqueeze(-1)) * scale
+    dp = torch.einsum("bqnmk,btnk->bnmqt", g, v.to(dtype))
+    delta = (weights * dp).sum(-1) if delta is None else delta
+    ds = weights * (dp - delta.unsqueeze(-1)) * scale
     dq = torch.einsum("bnmqt,btnk->bqnmk", ds, k.to(dtype)).flatten(2, 3)
     dk = torch.einsum("bnmqt,bqnmk->btnk", ds, q.to(dtype).unflatten(2, groups))
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)

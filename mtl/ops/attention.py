@@ -85,7 +85,7 @@ def _gathered(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None
 
     def in_order(x: Tensor) -> Tensor:
         parts = x.unflatten(1, (pieces, length))
-        return parts if held == sorted(held) else parts[:, torch.tensor([held.index(c) for c in range(pieces)], device=x.device)]
+        return parts if held == sorted(held) else torch.stack([parts.unbind(1)[held.index(c)] for c in range(pieces)], 1)
 
     k, v = in_order(k), in_order(v)
     out: list[Tensor] = []
