@@ -67,7 +67,8 @@ def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any, options:
         return own(*leaves)
 
     # Dynamo keeps its graphs with the code object and does not tell closures apart: every function gets a code object of its own.
-    run = types.FunctionType(run.__code__.replace(co_name=f"run_{fn.__name__}"), run.__globals__, closure=run.__closure__)
+    code = run.__code__.replace(co_name=f"run_{getattr(fn, '__name__', 'function')}")
+    run = types.FunctionType(code, run.__globals__, closure=run.__closure__)
     return torch.compile(run, backend=backend, fullgraph=True, dynamic=False, options=options), result
 
 
