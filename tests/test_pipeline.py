@@ -47,8 +47,10 @@ PART = [
     case("falcon", 9, 4, {"pipe": 4, "fsdp": 2}, "interleaved", virtual=2, split=[1, 1, 1, 1, 1, 2, 1, 1]),
     case("gpt", 4, 3, {"pipe": 2, "fsdp": 2}, "1f1b", rules="zero1"),
     case("llama", 4, 2, {"pipe": 2}, "zb_v", how="block"),
+    case("llama", 9, 6, {"pipe": 4}, "interleaved", groups=True),
+    case("llama", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_v", groups=True),
 ]
-"""Every schedule, every kind of mesh, every remat, compiled, uneven and tied at least once."""
+"""Every schedule, every kind of mesh, every remat, compiled, uneven, tied and with channels as GPUs have them at least once."""
 
 MESHES = (
     [{"pipe": n} for n in (2, 4, 8)]

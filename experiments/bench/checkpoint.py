@@ -170,7 +170,9 @@ def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     step()
     products = max(1, int(bench.step_seconds / step()[0]))
     quiet = [step()[0] for _ in range(10)]
-    found = [f"memory for copies taken in {prepared:.1f} s"]
+    found: list[str] = []
+    if at.rank == 0:
+        print(f"memory for copies taken in {prepared:.1f} s; a step takes {quiet[0]:.3f} s", flush=True)
     for i in range(bench.repeats):
         dist.barrier()
         begun = time.perf_counter()

@@ -20,6 +20,9 @@ from mtl.sharding.mesh import Mesh
 AHEAD = 2
 """Receives that are posted on each channel before they are needed."""
 
+TAGGED = ("cpu",)
+"""Devices whose channels share one group, told apart by tags; NCCL knows no tags."""
+
 Channel = tuple[int, int]
 
 
@@ -30,15 +33,15 @@ class Links:
         """Make the channels between stages that follow each other; every process must call this."""
         self.device = mesh.coordinates["pipe"]
         self._groups: dict[Channel, Any] = {}
-        self._tagged = mesh.device_type == "cpu"
+        self._tagged = mesh.device_type in TAGGED
         self._free: dict[Any, list[Tensor]] = {}
         pairs = {(place[s], place[s + 1]) for s in range(len(place) - 1)}
         channels = sorted(c for a, b in pairs if a != b for c in ((a, b), (b, a)))
         if self._tagged:
             self._groups = dict.fromkeys(channels, mesh.device_mesh.get_group("pipe") if channels else None)
             return
-        names = list(mesh.device_mesh.mesh_dim_names or ())
-        lines = mesh.device_mesh.mesh.movedim(names.index("pipe"), -1).flatten(0, -2).tolist() if channels else []
+        names, ranks = list(mesh.device_mesh.mesh_dim_names or ()), mesh.device_mesh.mesh
+        lines = ranks.movedim(names.index("pipe"), -1).reshape(-1, mesh.shape.pipe).tolist() if channels else []
         for channel in channels:  # a group each, so that on NCCL each has a stream of its own
             for line in lines:
                 group = dist.new_group([line[channel[0]], line[channel[1]]])

@@ -58,6 +58,7 @@ def prepare_environment(deterministic: bool = False, cache: Path | None = None) 
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.absolute())
     elif "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (home := _user_cache()) is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "mtl" / "compiled")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # with 8, a receive that waits can hold up other streams, and its sender
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
