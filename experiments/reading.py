@@ -84,7 +84,8 @@ def corpora(setup: Pretrain) -> Work:
     return Work(
         train.samples, valid and valid.samples, t.eval_samples, (_described(setup, train, valid, test, sizes),),
         bytes_per_token=_bytes_per_token(setup, valid), test=test and test.samples, epochs=_epochs(setup, train),
-        prompt=tuple(shown[: min(16, max(1, t.seq_len // 2))].tolist()), decode=_decoder(flags), following=FOLLOWING,
+        prompt=tuple(shown[: min(16, max(1, t.seq_len // 2))].tolist()), decode=_decoder(flags),
+        following=FOLLOWING if describe(flags) is None else 'mtl generate RUN --prompt "..." (text from its newest checkpoint)',
         beside=_tokenizer(flags), decides=deciding(flags, train),
     )  # fmt: skip
 

@@ -84,7 +84,9 @@ def test_joined_corpora_are_one() -> None:
     parts = Joined([Part(whole.of, 0, 3), Part(whole.of, 3, 3), Part(whole.of, 3, 8)])
     assert (parts.size, parts.documents) == (whole.size, whole.documents)
     assert [parts.start(d) for d in range(9)] == [whole.start(d) for d in range(9)]
-    assert [parts.holding(p) for p in range(whole.size)] == [whole.holding(p) for p in range(whole.size)]
+    found = [whole.holding(p) for p in range(whole.size)]
+    for near in (None, *range(9)):
+        assert [parts.holding(p, near) for p in range(whole.size)] == [whole.holding(p, near) for p in range(whole.size)] == found
     for i in range(20):
         assert np.array_equal(Stream(parts, 5, "x")(i, 6).tokens, Stream(whole, 5, "x")(i, 6).tokens)
 

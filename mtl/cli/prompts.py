@@ -37,14 +37,13 @@ def language(contents: Contents, given: str | None, vocab: int) -> Language:
                 (folder / name.removeprefix(BESIDE)).write_bytes(contents.read(name))
         ends = end_tokens(folder)
         if given is None and TOKENIZER in contents.files:
-            said = description.loads(contents.read(TOKENIZER).decode(), f"{TOKENIZER} of {contents.path}")
-            found = _plain(tokenizers.reopen(said, folder), False)
+            found = _described(contents, folder)
         elif given == "bytes" or (given is None and not any(folder.iterdir()) and built_in(contents)):
             found = _plain(tokenizers.load("bytes"), False)
         elif given is not None and not Path(given).is_dir():
             raise UserError(f"--tokenizer {given} is no folder: expected one with a tokenizer's files, or bytes.")
         else:
-            found = open_folder(Path(given) if given else folder) or _none(contents.path)
+            found = open_folder(Path(given) if given else folder) or _none(f"{contents.path} has no tokenizer.")
     return dataclasses.replace(found, ends=ends) if ends else found
 
 
@@ -116,9 +115,18 @@ def _plain(tokenizer: tokenizers.Tokenizer, begin: bool) -> Language:
     return Language(lambda text: [*first, *tokenizer.encode(text)], decode, ends, tuple(tokenizer.special.values()))
 
 
-def _none(path: Path) -> Language:
+def _described(contents: Contents, folder: Path) -> Language:
+    """Open the tokenizer that a run described in its checkpoint; its files lie where they were, or among those that came with the model."""
+    try:
+        said = description.loads(contents.read(TOKENIZER).decode(), f"{TOKENIZER} of {contents.path}")
+        return _plain(tokenizers.reopen(said, folder), False)
+    except UserError as error:
+        return _none(str(error))
+
+
+def _none(why: str) -> Language:
     def encode(text: str) -> list[int]:
-        raise UserError(f"{path} has no tokenizer. Give its folder with --tokenizer, or prompts as --prompt-ids.")
+        raise UserError(f"{why} Give a tokenizer's folder with --tokenizer, or prompts as --prompt-ids.")
 
     return Language(encode, lambda ids: " ".join(map(str, ids)) + " " if ids else "")
 

@@ -34,8 +34,8 @@ class Corpus(Protocol):
         """Give the place of a document's first token; of the number of documents, the number of tokens."""
         ...
 
-    def holding(self, place: int) -> int:
-        """Find the document that holds the token at a place."""
+    def holding(self, place: int, near: int | None = None) -> int:
+        """Find the document that holds the token at a place; ``near`` may name a document not far from it, which saves reading."""
         ...
 
     def lengths(self, first: int, stop: int) -> npt.NDArray[np.int64]:
@@ -69,9 +69,9 @@ class Part:
         """Give the place of a document's first token."""
         return self.of.start(self.first + document) - self.of.start(self.first)
 
-    def holding(self, place: int) -> int:
+    def holding(self, place: int, near: int | None = None) -> int:
         """Find the document that holds the token at a place, by bisection in the file."""
-        return self.of.holding(place + self.of.start(self.first)) - self.first
+        return self.of.holding(place + self.of.start(self.first), None if near is None else self.first + near) - self.first
 
     def lengths(self, first: int, stop: int) -> npt.NDArray[np.int64]:
         """Give the lengths of some documents."""
@@ -98,7 +98,7 @@ class Shard:
         """Give 0, or behind the one document the number of tokens."""
         return document * self.size
 
-    def holding(self, place: int) -> int:
+    def holding(self, place: int, near: int | None = None) -> int:
         """Find the document that holds the token at a place."""
         return 0
 
@@ -128,10 +128,11 @@ class Joined:
         k = bisect_right(self._documents, document) - 1
         return self._tokens[k] + self.parts[k].start(document - self._documents[k])
 
-    def holding(self, place: int) -> int:
+    def holding(self, place: int, near: int | None = None) -> int:
         """Find the document that holds the token at a place."""
         k = bisect_right(self._tokens, place) - 1
-        return self._documents[k] + self.parts[k].holding(place - self._tokens[k])
+        near = None if near is None else min(max(near - self._documents[k], 0), self.parts[k].documents)
+        return self._documents[k] + self.parts[k].holding(place - self._tokens[k], near)
 
     def lengths(self, first: int, stop: int) -> npt.NDArray[np.int64]:
         """Give the lengths of some documents."""

@@ -117,14 +117,34 @@ class Indexed:
             raise self._broken(at.start, f"starts after sequence {at.stop}")
         return self.tokens[begin:end]
 
-    def holding(self, place: int) -> int:
-        """Find the sequence that holds the token at a place among all tokens."""
+    def holding(self, place: int, near: int | None = None) -> int:
+        """Find the sequence that holds the token at a place among all tokens; ``near`` is a sequence to search from, in few pages."""
         if not 0 <= place < self.total:
             raise IndexError(f"token {place} of {self.total}")
-        found = bisect_right(self.pointers, place * self.dtype.itemsize) - 1
+        byte = place * self.dtype.itemsize
+        found = bisect_right(self.pointers, byte, *self._around(byte, near)) - 1
         if found < 0 or not self.start(found) <= place < self.start(found + 1):
             raise self._broken(max(found, 0), f"does not hold token {place}, which its neighbours do not hold either")
         return found
+
+    def _around(self, byte: int, near: int | None) -> tuple[int, int]:
+        """Give bounds of what starts at a byte or before, in steps that double away from ``near``, or from where the mean length says.
+
+        A bisection of the whole would read a page of the file for each of its first steps; this one reads pages that lie together.
+        """
+        last, mean = self.sequences - 1, len(self.tokens) * self.dtype.itemsize / self.sequences
+        if near is None:
+            near = min(last, int(byte / mean))
+            for _ in range(2):
+                near = min(max(near + int((byte - int(self.pointers[near])) / mean), 0), last)
+        first = stop = min(max(near, 0), self.sequences)
+        step = 1
+        while first > 0 and self.pointers[first - 1] > byte:
+            first, step = max(0, first - step), 2 * step
+        step = 1
+        while stop < self.sequences and self.pointers[stop] <= byte:
+            stop, step = min(self.sequences, stop + step), 2 * step
+        return first, stop
 
     def verify(self, vocab_size: int | None = None, block: int = 1 << 20) -> Iterator[int]:
         """Read everything and refuse what does not fit together or lies outside the vocabulary; gives the bytes read, block by block."""

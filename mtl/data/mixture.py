@@ -22,8 +22,7 @@ class Entry(NamedTuple):
 
 def read_mixture(words: Sequence[str], setting: str = "--data") -> list[Entry]:
     """Read `A`, `A B`, `0.3 A 0.7 B` (as one word or several), or the path of a list file."""
-    if len(words) == 1 and not _exists(words[0]):
-        words = shlex.split(words[0])
+    words = [part for word in words for part in ([word] if _exists(word) else _parts(word, setting))]
     if len(words) == 1 and _is_list(words[0]):
         return _checked(_listed(Path(words[0])), f"{setting} {words[0]}")
     where = f"{setting} {' '.join(words)!r}"
@@ -34,6 +33,13 @@ def read_mixture(words: Sequence[str], setting: str = "--data") -> list[Entry]:
     if len(words) % 2:
         raise UserError(f"{where} has {len(words)} words: with weights it must be pairs of a weight and a path.")
     return _checked([Entry(p, _weight(w, where), Path(p).name) for w, p in zip(words[::2], words[1::2], strict=True)], where)
+
+
+def _parts(word: str, setting: str) -> list[str]:
+    try:
+        return shlex.split(word)
+    except ValueError as error:
+        raise UserError(f"{setting} has the word {word!r}, which cannot be read: {error}.") from None
 
 
 def _checked(entries: list[Entry], where: str) -> list[Entry]:
@@ -48,7 +54,7 @@ def _checked(entries: list[Entry], where: str) -> list[Entry]:
 def _listed(path: Path) -> list[Entry]:
     """Read lines of `weight path name`, `weight path` or `path`; text after # is left out."""
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no list of corpora: byte {error.start} is no UTF-8 text.") from None
     except OSError as error:

@@ -87,8 +87,9 @@ class Stream:
         """Give the documents of an epoch from a place of its line on."""
         corpus, width = self.corpus, NEIGHBOURS * seq_len
         while place < self.size:
-            stretch = corpus.start(corpus.holding(place)) // width
-            first, stop = self._first_from(stretch * width), self._first_from((stretch + 1) * width)
+            here = corpus.holding(place)
+            stretch = corpus.start(here) // width
+            first, stop = (self._first_from(edge * width, here) for edge in (stretch, stretch + 1))
             key = random.key(self.key, "documents", epoch, stretch)
             order = random.bits(key, torch.arange(first, stop)).argsort(stable=True).numpy()
             lengths = corpus.lengths(first, stop)[order]
@@ -100,21 +101,23 @@ class Stream:
                     yield Piece(first + int(order[i]), max(place - stood, 0), int(lengths[i]))
             place = end
 
-    def _first_from(self, place: int) -> int:
-        """Find the first document, of those with tokens, that starts at a place or after it."""
+    def _first_from(self, place: int, near: int) -> int:
+        """Find the first document, of those with tokens, that starts at a place or after it; ``near`` is a document close by."""
         if place >= self.size:
             return self.corpus.documents
-        found = self.corpus.holding(place)
+        found = self.corpus.holding(place, near)
         return found if self.corpus.start(found) == place else found + 1
 
 
 def read_sample(corpus: Corpus, pieces: list[Piece], name: str, reading: Reading, key: int) -> Sample:
     """Read pieces of documents as one sample; ``key`` decides what is random in it."""
-    parts: list[Tokens] = []
-    for i, piece in enumerate(pieces):
-        ids = corpus.read(piece.document, piece.first, piece.stop)
-        check_ids(ids, reading.vocab, f"{name}, document {piece.document}", piece.first)
-        part = ids.astype(np.int64)
-        parts.append(part if reading.fill_middle is None else fill_middle(part, reading.fill_middle, reading.documents.end, key, i))
+    parts: list[Tokens] = [corpus.read(p.document, p.first, p.stop) for p in pieces]
+    text = np.concatenate(parts).astype(np.int64)
+    if int(text.min()) < 0 or (reading.vocab is not None and int(text.max()) >= reading.vocab):
+        for piece, ids in zip(pieces, parts, strict=True):
+            check_ids(ids, reading.vocab, f"{name}, document {piece.document}", piece.first)
     begins = np.cumsum([len(p) for p in parts[:-1]], dtype=np.int64)
-    return as_sample(np.concatenate(parts), reading.documents, begins)
+    if (how := reading.fill_middle) is not None:
+        pieces_of_text = np.split(text, begins)
+        text = np.concatenate([fill_middle(t, how, reading.documents.end, key, i) for i, t in enumerate(pieces_of_text)])
+    return as_sample(text, reading.documents, begins)
