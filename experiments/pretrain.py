@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints, foretold, initial, pipelining, reading, watching
+from experiments import checkpoints, foretold, initial, pipelining, reading, remat_choice, watching
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -64,6 +64,9 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     work = work.starting(start)
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
+        options = make_step_options(setup, precision, at.device)
+        setup, said = remat_choice.settled(setup, rules, shape, sizes(setup, rules, shape), options, at.device, lambda: packed(work, setup))
+        work = work._replace(said=(*work.said, *said))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = setup.out or Path("runs") / f"{preset}-{stamp}"
         folder, steps = json.loads(process.on_first_rank(lambda: checkpoints.claim(out, setup.resume)))
@@ -157,7 +160,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     make_step_options(setup, precision, device)
     checkpoints.check(setup.checkpoint)
     pipelining.plan(setup, shape)
-    parse_remat(setup.remat)
+    parse_remat("none" if remat_choice.is_auto(setup.remat) else setup.remat)
     make_optimizer(setup)
     one = torch.empty(1, 1, 1, 1, dtype=precision.compute, device=device)
     length = train.seq_len // (split * pieces) if split > 1 else train.seq_len

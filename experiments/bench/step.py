@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from experiments import pretrain
+from experiments import pretrain, remat_choice
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment, MeshSettings
@@ -122,6 +122,10 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
     precision = dataclasses.replace(pretrain.choose_precision(setup, at.device), reduce=getattr(torch, bench.reduce))
     pretrain.check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
+        options = pretrain.make_step_options(setup, precision, at.device)
+        setup, said = remat_choice.settled(setup, rules, shape, pretrain.sizes(setup, rules, shape), options, at.device, lambda: False)
+        for line in said if at.rank == 0 else ():
+            print(line, flush=True)
         mesh = make_mesh(shape, at.device.type)
         par = Parallel(mesh, rules, pretrain.sizes(setup, rules, shape), precision.reduce)
         specs = decoder.specs(model)

@@ -50,4 +50,5 @@ def compile_time() -> CompileTime:
     phases["other"] = max(whole - sum(phases.values()), 0.0)
     counts: Any = _dynamo.counters
     fx, aot_counts = counts["inductor"], counts["aot_autograd"]
+    phases["autotuning"] = spent("CachingAutotuner.benchmark_all_configs")  # when a kernel runs for the first time
     return CompileTime(phases, fx["fxgraph_cache_hit"], fx["fxgraph_cache_miss"], aot_counts["autograd_cache_bypass"])
