@@ -54,6 +54,13 @@ def test_compiled_decode_equals_full_forward(ranks: Ranks, references: Path, cas
     cached(ranks, references, *case, compiled=True)
 
 
+@pytest.mark.parametrize("model", ["llama", pytest.param("gpt", marks=pytest.mark.slow), pytest.param("mistral", marks=pytest.mark.slow)])
+def test_inductor_writes_the_same_text(ranks: Ranks, model: str) -> None:
+    want = ranks.run("tests.cases.generate:continued", 1, table="single", world=1, model=model)
+    assert ranks.run("tests.cases.generate:continued", 1, table="single", world=1, model=model, backend="inductor") == want
+    assert ranks.run("tests.cases.generate:continued", 2, table="fsdp_tensor", world=2, model=model, backend="aot_eager") == want
+
+
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_every_mesh_writes_the_same_text(ranks: Ranks, model: str) -> None:
     want = ranks.run("tests.cases.generate:continued", 1, table="single", world=1, model=model)
@@ -114,6 +121,12 @@ def test_what_cannot_be_continued_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=says):
         small(prompts, count)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_replays_what_it_would_launch(ranks: Ranks) -> None:
+    found = [ranks.run("tests.cases.generate:on_gpu", 1, backend=backend) for backend in (None, "inductor")]
+    assert found[0] == found[1] and len(found[0]["greedy"]) == 40
 
 
 def test_learned_positions_run_out(one: Callable[..., Parallel]) -> None:

@@ -2,14 +2,16 @@
 
 import importlib
 import time
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+import tyro
 
 import sharding_rules
 from experiments.presets import PRESETS
-from mtl.errors import UserError
-from mtl.generate.decode import generate
+from mtl.generate.decode import Tokens, generate
 from mtl.generate.memory import cache_bytes
 from mtl.models import decoder
 from mtl.models.decoder import Config
@@ -20,44 +22,69 @@ from mtl.sharding.mesh import MeshShape, make_mesh
 
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
 """Bytes a second, from the vendor's data sheets."""
+WARM = 8
+"""Tokens before the clock starts: both sides compile and record within them."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time: an 8B shape, and who decodes it."""
+
+    tiny: bool = False
+    """A tiny shape, to try the script."""
+    side: Literal["both", "ours", "transformers"] = "both"
+    batches: tuple[int, ...] = (1, 32)
+    prompt: int = 512
+    new: int = 128
 
 
 def main() -> None:
-    """Print tokens a second at batch 1 and 32 for an 8B shape (a tiny one with --tiny), and the share of the bound."""
-    words = process.command_line()
-    if words not in ([], ["--tiny"]):
-        raise UserError(f"experiments/bench/decode.py got {' '.join(words)!r}: expected nothing, or --tiny.")
+    """Print tokens a second for every batch, and their share of the bound: weights and the filled cache read once a token."""
+    settings = tyro.cli(Settings, args=process.command_line(), description=__doc__)
     at = process.place()
-    config = PRESETS["llama3_8b"].model if not words else Config(512, 2, 64, 8, 2, 128, head_size=8)
-    prompt, new = (512, 256) if not words else (8, 8)
+    config = Config(512, 2, 64, 8, 2, 128, head_size=8) if settings.tiny else PRESETS["llama3_8b"].model
     gpu = at.device.type == "cuda"
     bandwidth = next((rate for name, rate in BANDWIDTH.items() if gpu and name in torch.cuda.get_device_name()), None)
+    specs = decoder.specs(config)
     with process.process_group(at):
-        for batch in (1, 32):
-            ours = time_ours(config, at.device, batch, prompt, new)
-            theirs = time_theirs(config, at.device, batch, prompt, new)
-            specs = decoder.specs(config)
-            kept = cache_bytes(decoder.cache_specs(config, batch, prompt + new), sharding_rules.load("single"), MeshShape(), torch.bfloat16)
+        for batch in settings.batches:
+            held = decoder.cache_specs(config, batch, settings.prompt + settings.new // 2)
+            kept = cache_bytes(held, sharding_rules.load("single"), MeshShape(), torch.bfloat16)
             read = 2 * (count(specs) - count(specs["embed"])) + kept
-            bound = None if bandwidth is None else batch * bandwidth / read
-            share = "" if bound is None else f"  bound {bound:8.1f}  ours {ours / bound:.0%}  transformers {theirs / bound:.0%} of it"
-            print(f"batch {batch:3d}  tokens/s: ours {ours:8.1f}  transformers {theirs:8.1f}{share}", flush=True)
+            for side, run in (("ours", time_ours), ("transformers", time_theirs)):
+                if settings.side in ("both", side):
+                    begun = time.perf_counter()
+                    rate = run(config, at.device, batch, settings.prompt, settings.new)
+                    share = (
+                        "" if bandwidth is None else f", {rate * read / batch / bandwidth:.1%} of the bound {batch * bandwidth / read:.1f}"
+                    )
+                    whole = time.perf_counter() - begun
+                    print(
+                        f"batch {batch:3d}  {side:12s} {rate:8.1f} tokens/s{share}  ({whole:.0f} s with all that comes before)", flush=True
+                    )
+                    if gpu:
+                        torch.cuda.empty_cache()
 
 
 def time_ours(config: Config, device: torch.device, batch: int, prompt: int, new: int) -> float:
-    """Give tokens a second after the first two steps, which compile."""
+    """Give tokens a second."""
+    count, begin, end = 0, 0.0, 0.0
+    for count, _ in enumerate(ours(config, device, batch, prompt, new)):
+        end = time.perf_counter()
+        begin = end if count == WARM else begin
+    return batch * (count - WARM) / (end - begin)
+
+
+def ours(config: Config, device: torch.device, batch: int, prompt: int, new: int) -> Iterator[Tokens]:
+    """Decode with random weights."""
     mesh, rules = make_mesh(MeshShape(), device.type), sharding_rules.load("single")
     params = init(decoder.specs(config), rules, mesh, 0, torch.bfloat16)
-    backend = "inductor" if device.type == "cuda" else None
     prompts = [[(7 * i + j) % config.vocab for j in range(prompt)] for i in range(batch)]
-    begin = 0.0
-    for i, _ in enumerate(generate(decoder, config, mesh, rules, PRECISIONS["bf16"], params, prompts, new, backend=backend)):
-        begin = time.perf_counter() if i == 2 else begin
-    return batch * (new - 3) / (time.perf_counter() - begin)
+    return generate(decoder, config, mesh, rules, PRECISIONS["bf16"], params, prompts, new, backend="inductor")
 
 
 def time_theirs(config: Config, device: torch.device, batch: int, prompt: int, new: int) -> float:
-    """Give transformers' tokens a second, as the difference of a long and a short generation, both compiled before."""
+    """Give transformers' tokens a second: it waits for every token on the host, where a stopping criterion looks at the clock."""
     transformers: Any = importlib.import_module("transformers")
     like: Any = transformers.LlamaConfig(
         vocab_size=config.vocab, hidden_size=config.embed, intermediate_size=config.mlp, num_hidden_layers=config.layers,
@@ -67,21 +94,21 @@ def time_theirs(config: Config, device: torch.device, batch: int, prompt: int, n
     with device:
         model: Any = transformers.LlamaForCausalLM._from_config(like, dtype=torch.bfloat16).train(False)
     ids = torch.arange(batch * prompt, device=device).reshape(batch, prompt) % config.vocab
-    how: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    if device.type == "cuda":
-        how["cache_implementation"] = "static"
+    times: list[float] = []
 
-    def took(count: int) -> float:
-        begin = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, **how)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
+    def look(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        tokens[:, -1].tolist()
+        times.append(time.perf_counter())
+        return torch.zeros(batch, dtype=torch.bool, device=device)
 
-    short = max(new // 8, 2)
-    for n in (short, new, short, new):
-        took(n)  # compiles, for both lengths of the static cache
-    return batch * (new - short) / max(took(new) - took(short), 1e-9)
+    how: dict[str, Any] = {"cache_implementation": "static"} if device.type == "cuda" else {}
+    known: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
+    known.reset()  # otherwise the second batch size would compile with sizes left open
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None,
+        pad_token_id=0, stopping_criteria=transformers.StoppingCriteriaList([look]), **how,
+    )  # fmt: skip
+    return batch * (len(times) - 1 - WARM) / (times[-1] - times[WARM])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Generation on any mesh: the prompts fill the cache, then one compiled step a token."""
+"""Generation on any mesh: the prompts fill the cache, then one compiled step a token, which GPUs replay."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mtl.params import in_type
 from mtl.pipeline.exchange import stage_parallel
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled, inductor_options
+from mtl.runtime.replay import replayed
 from mtl.sharding.collectives import psum
 from mtl.sharding.mesh import Mesh
 from mtl.sharding.parallel import Parallel
@@ -47,7 +49,7 @@ def generate(
     """Continue prompts token by token: yields the next tokens of all of them, at most ``max_tokens`` times.
 
     Every device of the mesh takes part and gets the same tokens. ``params`` are DTensors at rest; a row is over after one of the tokens
-    ``ends``, which it still gives. With a ``backend`` the step is compiled.
+    ``ends``, which it still gives. With a ``backend`` the step is compiled, and GPUs replay it as one recorded launch.
     """
     check(model, config, prompts, max_tokens)
     config = model.for_evaluation(config)
@@ -61,12 +63,13 @@ def generate(
         return choose(logits, how, state["rows"], state["count"])
 
     first = make_prefill(model, config, wide, narrow, precision, pick)
-    step = make_step(model, config, narrow, precision, pick, space, backend)
+    one = make_step(model, config, narrow, precision, pick, space, backend)
+    step = partial(one, weights, state) if backend is None else replayed(partial(one, weights, state), mesh.device_type)
     coming = _Coming(first(weights, state, prompt_batch(wide, prompts, space))) if max_tokens else None
     over = [False] * len(prompts)
     for i in range(max_tokens):
         assert coming is not None
-        now, coming = coming, _Coming(step(weights, state)) if i + 1 < max_tokens else None  # runs while this token is read
+        now, coming = coming, _Coming(step()) if i + 1 < max_tokens else None  # runs while this token is read
         tokens = now.read()[: len(prompts)]
         yield [None if done else token for done, token in zip(over, tokens, strict=True)]
         over = [done or token in ends for done, token in zip(over, tokens, strict=True)]
@@ -119,10 +122,11 @@ def make_prefill(
     model: Any, config: Any, wide: Parallel, narrow: Parallel, precision: Precision, pick: Pick
 ) -> Callable[[Any, State, dict[str, Tensor]], Tensor]:
     """Make ``prefill(params, state, batch)``: run the prompts, fill the cache, and give the first new token of every row."""
+    fold = make_fold(model, config, wide)
 
     def prefill(params: Any, state: State, batch: dict[str, Tensor]) -> Tensor:
         x, stream = model.embed(config, wide, params, batch, precision.compute)
-        x = _fold(model, config, wide, params, x, stream, state["layers"])
+        x = fold(params, x, stream, state["layers"])
         place = batch["slots"].expand(batch["tokens"].shape)
         state["cached_place"][:, : place.shape[1]].copy_(place.masked_fill(place >= state["positions"], NOWHERE))
         x = wide.reshard(x, "BRD", "BSD")
@@ -135,38 +139,78 @@ def make_prefill(
 def make_step(
     model: Any, config: Any, par: Parallel, precision: Precision, pick: Pick, space: Room, backend: Any = None
 ) -> Callable[[Any, State], Tensor]:
-    """Make ``step(params, state)``: take every row's last token in, and give all rows' next ones. The state is written in place."""
+    """Make ``step(params, state)``: take every row's last token in, and give all rows' next ones. The state is written in place.
+
+    With a ``backend`` what comes before the layers, each kind of layer once, and what comes after them are compiled.
+    """
     split = par.axes("T")
     index, share = par.mesh.index(split), max(space.decode // par.mesh.size(split), 1)
     before = space.prompt // par.mesh.size(split)
 
-    def step(params: Any, state: State) -> Tensor:
+    def begin(params: Any, state: State) -> tuple[Tensor, Any, Tensor]:
         count = state["count"] - 1  # the first new token came from the prompt
         slot = torch.where(count // share == index, before + count % share, -1).unsqueeze(0)
         put(state["cached_place"], state["positions"], slot)
         x, stream = model.embed(config, par, params, {name: state[name] for name in ("tokens", "positions")}, precision.compute)
-        stream |= {"cached_slot": slot, "cached_place": state["cached_place"], "positions": state["positions"]}
-        x = _fold(model, config, par, params, x, stream, state["layers"])
+        return x, stream, slot
+
+    def end(params: Any, state: State, x: Tensor) -> Tensor:
         state["positions"].add_(1)
         return _next(model, config, par, params, x, state, pick)
 
-    if backend is None:
-        return step
-    return compiled(step, backend, options=inductor_options(backend, par.mesh.shape.devices(), par.mesh.device_type, False))
+    make = _compiler(par, backend)
+    enter, fold, leave = make(begin), make_fold(model, config, par, make), make(end)
+
+    def step(params: Any, state: State) -> Tensor:
+        around = {name: p for name, p in params.items() if name != "layers"}
+        own = {name: x for name, x in state.items() if name != "layers"}
+        x, stream, slot = enter(around, own)
+        places = {"cached_slot": slot, "cached_place": state["cached_place"], "positions": state["positions"]}
+        return leave(around, own, fold(params, x, stream | places, state["layers"]))
+
+    return step
 
 
-def _fold(model: Any, config: Any, par: Parallel, params: Any, x: Tensor, stream: Any, cache: Any) -> Tensor:
-    """Run the layers: each device of a pipeline its own, in turn, and then all have the result."""
-    pieces, structure = tree.flatten(params["layers"])
+def make_fold(
+    model: Any, config: Any, par: Parallel, make: Callable[[Any], Any] = lambda fn: fn
+) -> Callable[[Any, Tensor, Any, Any], Tensor]:
+    """Make ``fold(params, x, stream, cache)``, which runs the layers: each device of a pipeline its own, in turn; then all have the result.
+
+    ``make`` compiles a kind of layer.
+    """
     first, pipe, inner = par.span("L", "store")[0], par.mesh.shape.pipe, stage_parallel(par)
-    for turn in range(pipe):
-        if turn == par.mesh.index(("pipe",)):
-            for i, (leaves, held) in enumerate(zip(zip(*(piece.unbind(0) for piece in pieces), strict=True), cache, strict=True), first):
-                x = model.block(model.at_layer(config, i), inner, tree.unflatten(structure, leaves), x, stream | held)
-        elif pipe > 1:
-            x = torch.zeros_like(x)
-        x = psum(x, ("pipe",), par.mesh)
-    return x
+    known: dict[Any, Any] = {}
+
+    def runner(layer: Any) -> Any:
+        def block(p: Any, x: Tensor, stream: Any) -> Tensor:
+            return model.block(layer, inner, p, x, stream)
+
+        return make(block)
+
+    def fold(params: Any, x: Tensor, stream: Any, cache: Any) -> Tensor:
+        pieces, structure = tree.flatten(params["layers"])
+        for turn in range(pipe):
+            if turn == par.mesh.index(("pipe",)):
+                for i, (leaves, held) in enumerate(
+                    zip(zip(*(piece.unbind(0) for piece in pieces), strict=True), cache, strict=True), first
+                ):
+                    layer = model.at_layer(config, i)
+                    if layer not in known:
+                        known[layer] = runner(layer)
+                    x = known[layer](tree.unflatten(structure, leaves), x, stream | held)
+            elif pipe > 1:
+                x = torch.zeros_like(x)
+            x = psum(x, ("pipe",), par.mesh)
+        return x
+
+    return fold
+
+
+def _compiler(par: Parallel, backend: Any) -> Callable[[Any], Any]:
+    if backend is None:
+        return lambda fn: fn
+    options = inductor_options(backend, par.mesh.shape.devices(), par.mesh.device_type, False)
+    return lambda fn: compiled(fn, backend, options=options)
 
 
 def _next(model: Any, config: Any, par: Parallel, params: Any, x: Tensor, state: State, pick: Pick) -> Tensor:

@@ -92,11 +92,20 @@ def cached(table: str, world: int, model: str, path: str, compiled: bool = False
     return {"error": error, "held": held, "said": said, "whole": whole}
 
 
-def continued(table: str, world: int, model: str, compiled: bool = False) -> dict[str, Any]:
+def continued(table: str, world: int, model: str, backend: str | None = None) -> dict[str, Any]:
     """Give greedy and sampled tokens."""
     config, rules, mesh = MODELS[model], sharding_rules.load(table), make_mesh(MESHES[table][world], "cpu")
     prompts = [w[:n] for w, n in zip(text(config), LENGTHS, strict=True)]
     params = lively(config, rules, mesh)
     ways = {"greedy": Sampling(), "sampled": Sampling(1.5, seed=1), "filtered": Sampling(1.5, 40, 0.9, 2)}
-    backend = "aot_eager" if compiled else None
     return {k: list(generate(decoder, config, mesh, rules, FP64, params, prompts, NEW, how, backend=backend)) for k, how in ways.items()}
+
+
+def on_gpu(backend: str | None = None) -> dict[str, Any]:
+    """Give greedy and sampled tokens of a float32 model on a GPU."""
+    config, rules, mesh = MODELS["llama"], sharding_rules.load("single"), make_mesh(MeshShape(), "cuda")
+    prompts = [w[:n] for w, n in zip(text(config), LENGTHS, strict=True)]
+    params = tree.map(lambda p: p * 8 if p.dim() > 2 else p, init(decoder.specs(config), rules, mesh, 5, torch.float32))
+    ways = {"greedy": Sampling(), "sampled": Sampling(1.5, 40, 0.9, 2)}
+    fp32 = PRECISIONS["fp32"]
+    return {k: list(generate(decoder, config, mesh, rules, fp32, params, prompts, 40, how, backend=backend)) for k, how in ways.items()}
