@@ -19,7 +19,7 @@ def key(*parts: int | str) -> int:
 
 def bits(key: int | Tensor, index: Tensor) -> Tensor:
     """Give 64 random bits for every int64 index."""
-    return _mix(_mix(index * _signed(0x9E3779B97F4A7C15) + key) ^ key)
+    return _mix(_mix(_spread(index) + key) ^ key)
 
 
 def uniform(key: int | Tensor, index: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -56,6 +56,17 @@ def permute(key: int, index: int, size: int) -> int:
 
 
 _WORD = (1 << 64) - 1
+
+
+def _spread(index: Tensor) -> Tensor:
+    """Multiply by 0x9E3779B97F4A7C15 in halves of 32 bits.
+
+    As one product, inductor's code for the CPU multiplies a loop's counter, and C++ forbids that to overflow: gcc concluded how far the
+    loop could go, and it wrote past its array. The mask, which changes nothing, keeps inductor from computing with the counter itself.
+    """
+    index = index & -1
+    low, high = index * 0x7F4A7C15, index * 0x9E3779B9
+    return (low & 0xFFFFFFFF) | (((low >> 32) + high) << 32)
 
 
 def _signed(word: int) -> int:

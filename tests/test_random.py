@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtl import params, random
 from mtl.params import ParamSpec, init_box
+from mtl.runtime.compile import compiled
 from tests.compare import same
 
 COUNT = 1 << 18
@@ -183,3 +184,13 @@ def test_permutations_differ_and_have_no_order() -> None:
         assert abs(correlation(order[1:], order[:-1])) < 5
         assert (order == places).sum() < 10
         assert all(abs(correlation(order, other)) < 5 for other in orders[:i])
+
+
+def test_compiled_bits_are_the_same() -> None:
+    """Counters made inside the graph: inductor's code for the CPU once multiplied them in 32 bits, and wrote past its array."""
+    key = random.bits(7, torch.arange(3)).unsqueeze(-1)
+
+    def draw(key: torch.Tensor) -> torch.Tensor:
+        return random.uniform(key, torch.arange(5, 255))
+
+    assert torch.equal(compiled(draw)(key), draw(key))
