@@ -17,7 +17,7 @@ from mtl.errors import UserError
 from mtl.pipeline import draw
 from mtl.pipeline.schedules import BUILDERS, build, forwards
 from mtl.pipeline.simulate import Costs, closed_bubble, simulate
-from mtl.pipeline.table import Action, check, parse
+from mtl.pipeline.table import Action, Table, after, check, parse
 
 ROOT = Path(__file__).parent.parent
 COST = st.floats(0.1, 10.0)
@@ -191,3 +191,37 @@ def test_the_command_draws_svg_and_png(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(zlib.decompress(data[start + 4 : start + 4 + length])) == height * (1 + 3 * width)
     with pytest.raises(UserError, match=r"must end in \.svg or \.png"):
         pipeline.show(pipeline.Show("1f1b", 2, 4, out=tmp_path / "a.jpg"))
+
+
+def reached(table: Table, device: int, limit: int) -> set[Action]:
+    """Run a table as far as it goes while one device does no more than its first actions."""
+    done: set[Action] = set()
+    at = [0] * table.devices
+    while True:
+        ready = [
+            d
+            for d, row in enumerate(table.rows)
+            if at[d] < (limit if d == device else len(row)) and (table.needs(row[at[d]]) is None or table.needs(row[at[d]]) in done)
+        ]
+        if not ready:
+            return done
+        for d in ready:
+            done.add(table.rows[d][at[d]])
+            at[d] += 1
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb_h1", "zb_v"])
+def test_what_a_message_waits_for_is_known(schedule: str) -> None:
+    """So many of a device's actions and not one less must be done before another's can be; in the steady state receives are early."""
+    table = build(schedule, 3, 6)
+    early = 0
+    for device in range(3):
+        known = after(table, device)
+        for goal in table.rows[device]:
+            source = table.needs(goal)
+            if source is None or table.place[source.stage] == device:
+                continue
+            count = known[source]
+            assert source in reached(table, device, count) and (count == 0 or source not in reached(table, device, count - 1))
+            early += count < table.rows[device].index(goal)
+    assert early > 6

@@ -2,6 +2,9 @@
 
 Every pair of devices has a channel for each direction. On it messages go in the order in which the table makes them, and both ends know
 that order, so nothing is negotiated and no send waits for a receive that is posted after it.
+
+A receive is posted early, but not before everything of this device that its message comes from has been launched. On a GPU whatever waits
+for the whole device (memory taken or a kernel loaded for the first time) waits for posted receives too: these must come by themselves.
 """
 
 import re
@@ -14,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtl.errors import PeerLost
-from mtl.pipeline.table import Action, Table
+from mtl.pipeline.table import Action, Table, after
 from mtl.sharding.mesh import Mesh
 
 AHEAD = 2
@@ -80,11 +83,17 @@ class Traffic:
         self._coming: dict[Channel, deque[Action]] = {}
         self._posted: dict[Action, tuple[Any, Tensor]] = {}
         self._sent: list[tuple[Any, Tensor, Action]] = []
+        self._after, self._launched = after(table, links.device), 0
         for source, row in enumerate(table.rows):
             for action in row:
                 goal = self.goal(action)
                 if goal is not None and table.place[goal.stage] == links.device != source:
                     self._coming.setdefault((source, links.device), deque()).append(goal)
+        self.launched(0)
+
+    def launched(self, actions: int) -> None:
+        """Post what may come now that so many of this device's actions have been launched."""
+        self._launched = actions
         for channel in self._coming:
             self._top_up(channel)
 
@@ -104,14 +113,11 @@ class Traffic:
 
     def receive(self, goal: Action) -> Tensor:
         """Wait for what an action needs: on an accelerator its stream waits, not the process."""
-        source = self._table.needs(goal)
-        assert source is not None
-        channel = (self._table.place[source.stage], self._links.device)
+        channel = (self._source(goal), self._links.device)
         while goal not in self._posted:
             self._post(channel)
         work, buffer = self._posted.pop(goal)
         self._guard(goal, work.wait)
-        self._top_up(channel)
         return buffer
 
     def release(self, buffer: Tensor) -> None:
@@ -125,19 +131,23 @@ class Traffic:
         self._sent.clear()
 
     def _top_up(self, channel: Channel) -> None:
-        waiting = sum(1 for goal in self._posted if self._source(goal) == channel[0])
-        for _ in range(min(AHEAD - waiting, len(self._coming[channel]))):
+        coming, waiting = self._coming[channel], sum(1 for goal in self._posted if self._source(goal) == channel[0])
+        while coming and waiting < AHEAD and self._after[self._maker(coming[0])] <= self._launched:
             self._post(channel)
+            waiting += 1
 
     def _post(self, channel: Channel) -> None:
         goal = self._coming[channel].popleft()
         buffer = self._links.take_buffer(*self._form)
         self._posted[goal] = (self._guard(goal, lambda: self._links.post(channel, buffer, self._tag(goal))), buffer)
 
-    def _source(self, goal: Action) -> int:
+    def _maker(self, goal: Action) -> Action:
         source = self._table.needs(goal)
         assert source is not None
-        return self._table.place[source.stage]
+        return source
+
+    def _source(self, goal: Action) -> int:
+        return self._table.place[self._maker(goal).stage]
 
     def _tag(self, goal: Action) -> int:
         return 1 + (goal.stage * 2 + (goal.kind == "B")) * self._table.microbatches + goal.micro

@@ -58,7 +58,7 @@ def run(table: Table, device: int, work: Work, traffic: Traffic, mark: Mark | No
         else:
             traffic.send(x, goal)
 
-    for action in table.rows[device]:
+    for launched, action in enumerate(table.rows[device], 1):
         stage, kind, micro = action
         key = (stage, micro)
         given = take(action) if kind != "W" and stage != (0 if kind == "F" else table.stages - 1) else None
@@ -82,5 +82,6 @@ def run(table: Table, device: int, work: Work, traffic: Traffic, mark: Mark | No
         if key not in stored:
             for buffer in buffers.pop(key, ()):
                 traffic.release(buffer)
+        traffic.launched(launched)
     traffic.finish()
     return peak

@@ -81,6 +81,21 @@ class Table:
         return "\n".join(" ".join(str(action) for action in row) for row in self.rows)
 
 
+@functools.lru_cache(maxsize=64)
+def after(table: Table, device: int) -> Mapping[Action, int]:
+    """Say of every action how many of ``device``'s own actions must be done before it can be, through whatever it needs."""
+    found: dict[Action, int] = {}
+    at, moved = [0] * table.devices, True
+    while moved:
+        moved = False
+        for d, row in enumerate(table.rows):
+            while at[d] < len(row) and ((need := table.needs(row[at[d]])) is None or need in found):
+                before = found[row[at[d] - 1]] if at[d] else 0
+                at[d], moved = at[d] + 1, True
+                found[row[at[d] - 1]] = at[d] if d == device else max(before, 0 if need is None else found[need])
+    return found
+
+
 def parse_action(text: str, where: str) -> Action:
     """Read ``2F0``; ``where`` begins the error."""
     found = _SPELLING.fullmatch(text)
