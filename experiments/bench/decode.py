@@ -1,16 +1,18 @@
-"""Time decoding beside transformers (static cache, compiled) and the memory's bound: `python experiments/bench/decode.py [--tiny]`."""
+"""Time decoding beside transformers (static cache, compiled) and the memory's bound: `python experiments/bench/decode.py [--tiny]`.
+
+`--side ours` or `--side transformers` times one of them. It needs torch alone (transformers for its side).
+"""
 
 import importlib
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 
 import sharding_rules
 from experiments.presets import PRESETS
+from mtl.errors import UserError
 from mtl.generate.decode import Tokens, generate
 from mtl.generate.memory import cache_bytes
 from mtl.models import decoder
@@ -22,39 +24,34 @@ from mtl.sharding.mesh import MeshShape, make_mesh
 
 BANDWIDTH = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.0e12}
 """Bytes a second, from the vendor's data sheets."""
+SIDES = ("ours", "transformers")
 WARM = 8
 """Tokens before the clock starts: both sides compile and record within them."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to time: an 8B shape, and who decodes it."""
-
-    tiny: bool = False
-    """A tiny shape, to try the script."""
-    side: Literal["both", "ours", "transformers"] = "both"
-    batches: tuple[int, ...] = (1, 32)
-    prompt: int = 512
-    new: int = 128
-
-
 def main() -> None:
     """Print tokens a second for every batch, and their share of the bound: weights and the filled cache read once a token."""
-    settings = tyro.cli(Settings, args=process.command_line(), description=__doc__)
+    words = process.command_line()
+    tiny, sides = "--tiny" in words, [word for word in words if word != "--tiny"]
+    if sides and (len(sides) != 2 or sides[0] != "--side" or sides[1] not in SIDES):
+        raise UserError(
+            f"experiments/bench/decode.py got {' '.join(words)!r}: expected --tiny, --side {' or --side '.join(SIDES)}, or nothing."
+        )
     at = process.place()
-    config = Config(512, 2, 64, 8, 2, 128, head_size=8) if settings.tiny else PRESETS["llama3_8b"].model
+    config = Config(512, 2, 64, 8, 2, 128, head_size=8) if tiny else PRESETS["llama3_8b"].model
+    prompt, new = (8, 24) if tiny else (512, 128)
     gpu = at.device.type == "cuda"
     bandwidth = next((rate for name, rate in BANDWIDTH.items() if gpu and name in torch.cuda.get_device_name()), None)
     specs = decoder.specs(config)
     with process.process_group(at):
-        for batch in settings.batches:
-            held = decoder.cache_specs(config, batch, settings.prompt + settings.new // 2)
+        for batch in (1, 32):
+            held = decoder.cache_specs(config, batch, prompt + new // 2)
             kept = cache_bytes(held, sharding_rules.load("single"), MeshShape(), torch.bfloat16)
             read = 2 * (count(specs) - count(specs["embed"])) + kept
             for side, run in (("ours", time_ours), ("transformers", time_theirs)):
-                if settings.side in ("both", side):
+                if side in (sides[1:] or SIDES):
                     begun = time.perf_counter()
-                    rate = run(config, at.device, batch, settings.prompt, settings.new)
+                    rate = run(config, at.device, batch, prompt, new)
                     share = (
                         "" if bandwidth is None else f", {rate * read / batch / bandwidth:.1%} of the bound {batch * bandwidth / read:.1f}"
                     )
