@@ -140,6 +140,10 @@ def adapter(tmp_path: Path, **changes: Any) -> tuple[Path, Path]:
         ({"bias": "all"}, "bias is 'all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"target_parameters": ["x"]}, "target_parameters"),
+        ({"a_field_of_the_future": 3}, "a_field_of_the_future is 3"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changed the model"),
     ],
 )
 def test_what_we_cannot_read_is_named(tmp_path: Path, changes: dict[str, Any], says: str) -> None:

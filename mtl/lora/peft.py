@@ -25,17 +25,17 @@ from mtl.models.hf.family import Family
 from mtl.models.hf.names import Row, give, take, their_shape
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-OFF: Mapping[str, Any] = {
-    "bias": "none",
-    "use_dora": False,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "trainable_token_indices": None,
-    "lora_bias": False,
-    "layer_replication": None,
-    "target_parameters": None,
-}
-"""Fields of adapter_config.json that change the model in ways that are not supported here, with the value that leaves it alone."""
+KNOWN = frozenset(
+    (
+        "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "r",
+        "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora", "init_lora_weights",
+        "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+        "loftq_config", "eva_config",
+    )
+)  # fmt: skip
+"""Fields of adapter_config.json that are used, or that say how the adapter was made; any other must be unset."""
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the model beside as it was; others (PiSSA, OLoRA, LoftQ, ...) take the start out of it."""
 Modules = dict[str, list[tuple[str, Row]]]
 """Their module's name, ``{}`` for the layer, to our projections in it."""
 
@@ -202,9 +202,14 @@ def _config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(said, dict) or said.get("peft_type") != "LORA":
         kind = said.get("peft_type") if isinstance(said, dict) else said
         raise UserError(f"{path}: peft_type is {kind!r}; LORA is what can be read.")
-    for name, off in OFF.items():
-        if (said.get(name) or off) != off:
-            raise UserError(f"{path}: {name} is {said[name]!r}, which is not supported. Train the adapter without it.")
+    for name, value in said.items():
+        if name not in KNOWN and value and (name, value) != ("bias", "none"):
+            raise UserError(f"{path}: {name} is {value!r}, which is not supported. Train the adapter without it.")
+    if said.get("init_lora_weights") not in STARTS:
+        raise UserError(
+            f"{path}: init_lora_weights is {said['init_lora_weights']!r}, which changed the model beside it. Have PEFT convert the adapter "
+            "(save_pretrained with path_initial_model_for_weight_conversion), and read that."
+        )
     if not isinstance(said.get("lora_alpha"), int | float):
         raise UserError(f"{path}: lora_alpha is {said.get('lora_alpha')!r}: expected a number.")
     return said
