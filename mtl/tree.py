@@ -20,6 +20,16 @@ def unflatten(structure: Any, leaves: Iterable[Any]) -> Tree:
     return pytree.tree_unflatten(list(leaves), structure)
 
 
+def spell_structure(structure: Any) -> str:
+    """Write a structure of dicts, lists and tuples as JSON; any other raises NotImplementedError."""
+    return pytree.treespec_dumps(structure)
+
+
+def read_structure(text: str) -> Any:
+    """Read what `spell_structure` wrote."""
+    return pytree.treespec_loads(text)
+
+
 def leaves(tree: Tree) -> list[Any]:
     """List the leaves in order."""
     return pytree.tree_leaves(tree)

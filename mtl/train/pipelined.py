@@ -30,7 +30,7 @@ from mtl.sharding.shard_map import to_local
 from mtl.train.gradient import gather_weights
 from mtl.train.loss import Batch, Model, Remat, make_blocks, parse_remat
 from mtl.train.state import TrainState
-from mtl.train.step import StepOptions, loss_scale, make_update
+from mtl.train.step import StepOptions, compile_update, loss_scale, make_update
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def make_pipelined_step(
     settings = inductor_options(options.backend, par.mesh.shape.devices(), par.mesh.device_type, options.overlap)
     plain = replace(par, rules=replace(par.rules, gather="layer"))  # gradients come back at rest
     finish = make_update(plain, staging.letters, optimizer, schedule, options)
-    update = finish if options.compile == "none" or not optimizer.compiles else compiled(finish, options.backend)
+    update = compile_update(finish, optimizer, options)
     compile = None if options.compile == "none" else lambda fn: compiled(fn, options.backend, options=settings)
     return PipelinedStep(staging, Links(par.mesh, pipeline.place), update, options, compile)
 

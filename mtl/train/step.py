@@ -12,7 +12,7 @@ from mtl.errors import unknown
 from mtl.optim.schedules import Schedule
 from mtl.optim.transforms import Optimizer, clip
 from mtl.precision import Precision
-from mtl.runtime.compile import compiled, inductor_options
+from mtl.runtime.compile import compiled, inductor_options, update_options
 from mtl.sharding.collectives import psum
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
@@ -56,7 +56,7 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
     gradient = value_and_grad(loss, options.compile, options.backend, settings)
     letters = tree.map(lambda spec: spec.axes, model.specs(config))
     finish = make_update(par, letters, optimizer, schedule, options)
-    update = finish if options.compile == "none" or not optimizer.compiles else compiled(finish, options.backend)
+    update = compile_update(finish, optimizer, options)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         local = tree.map(to_local, state)
@@ -110,6 +110,13 @@ def make_update(par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedul
         return metrics
 
     return update
+
+
+def compile_update(update: Any, optimizer: Optimizer, options: StepOptions) -> Any:
+    """Compile what `make_update` made, where the run compiles and the optimizer can be."""
+    if options.compile == "none" or not optimizer.compiles:
+        return update
+    return compiled(update, options.backend, options=update_options(options.backend))
 
 
 def write(old: tree.Tree, new: tree.Tree) -> None:
