@@ -17,7 +17,7 @@ from mtl.ops.cache import cached_attention
 from mtl.ops.cross_entropy import cross_entropy, next_token_logits
 from mtl.ops.dropout import dropout
 from mtl.ops.embedding import embedding
-from mtl.ops.linear import fetch, project
+from mtl.ops.linear import fetch, project, project_all, project_of
 from mtl.ops.norm import layer_norm, rms_norm
 from mtl.ops.remat import remat
 from mtl.ops.rotary import RopeScaling, angles, rotate
@@ -293,9 +293,7 @@ def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
 
 
 def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
-    q = project(par, "BSD,DHK->BSHK", h, p["query"])
-    k = project(par, "BSD,DGK->BSGK", h, p["key"])
-    v = project(par, "BSD,DGK->BSGK", h, p["value"])
+    q, k, v = project_all(par, h, ("BSD,DHK->BSHK", p["query"]), ("BSD,DGK->BSGK", p["key"]), ("BSD,DGK->BSGK", p["value"]))
     norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
 
@@ -304,6 +302,7 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
             q, k = rms_norm(q, norms["query_norm"], cfg.norm_eps), rms_norm(k, norms["key_norm"], cfg.norm_eps)
         if cfg.positions == "rotary":
             q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
+            v = v.contiguous()  # else it would keep the whole product alive for the backward pass
         if cfg.positions == "alibi":
             q, k, v = alibi.extend(par, q, k, v, stream["positions"])
         if "cached_key" in stream:
@@ -315,17 +314,15 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
 
 
 def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, again: Any) -> Tensor:
-    up = project(par, "BSD,DF->BSF", h, p["up"])
+    inner = project_all(par, h, *(("BSD,DF->BSF", p[name]) for name in (("gate", "up") if cfg.activation in GATED else ("up",))))
+
+    def activation(*inner: Tensor) -> Tensor:
+        return GATED[cfg.activation](inner[0]) * inner[1] if cfg.activation in GATED else PLAIN[cfg.activation](inner[0])
 
     def down(p: Params, *inner: Tensor) -> Tensor:
-        if cfg.activation in GATED:
-            y = GATED[cfg.activation](inner[0]) * inner[1]
-        else:
-            y = PLAIN[cfg.activation](inner[0])
-        return project(par.keeping() if again is remat else par, "BSF,DF->BRD", y, p)
+        return project(par.keeping(), "BSF,DF->BRD", activation(*inner), p)
 
-    inner = (project(par, "BSD,DF->BSF", h, p["gate"]), up) if cfg.activation in GATED else (up,)
-    return again(down)(p["down"], *inner)
+    return again(down)(p["down"], *inner) if again is remat else project_of(par, "BSF,DF->BRD", activation, inner, p["down"])
 
 
 def _drop(rate: float, par: Parallel, x: Tensor, stream: Stream, site: int) -> Tensor:

@@ -4,7 +4,8 @@ A product is spelled like an einsum, ``linear(par, "BSD,DHK->BSHK", x, w)``: the
 in compute, the contraction, and the sum over devices that it may leave all follow from the spelling.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.func import vjp
 
 from mtl.axes import LETTERS
-from mtl.sharding.collectives import gather_raw, scatter_raw
+from mtl.sharding.collectives import exchange_sum_raw, gather_raw, scatter_raw
 from mtl.sharding.parallel import Parallel
+
+EXCHANGED = 8
+"""Up to this many devices, which one host holds, 16-bit gradients travel as they are and are summed where they arrive."""
 
 
 @dataclass(frozen=True)
 class _Move:
-    """How one weight goes from rest to compute: gathers as (dim, size, group), the type of its gradients on the wire and at rest."""
+    """How weights go from rest to compute: gathers as (dim, size, group), the type that gradients are summed in and the one at rest."""
 
     gathers: tuple[tuple[int, int, str], ...]
     reduce: torch.dtype
@@ -33,15 +38,38 @@ class _Move:
         return w
 
     def give(self, grad: Tensor) -> Tensor:
-        grad = grad.to(self.reduce)
         for dim, size, group in reversed(self.gathers):
-            grad = scatter_raw(grad, dim, size, group)
+            # Widened before it travels, a product's 16-bit gradient would be twice the bytes with the same bits in them.
+            if size <= EXCHANGED and grad.dtype.itemsize < self.reduce.itemsize:
+                grad = exchange_sum_raw(grad, dim, size, group, self.reduce)
+            else:
+                grad = scatter_raw(grad.to(self.reduce), dim, size, group)
         return grad.to(self.rest)
 
 
 def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any]) -> Tensor:
     """Multiply by a projection at rest: its weight and, where it has them, its bias and its low-rank adapter (`mtl.lora`)."""
     return linear(par, spelling, x, p["weight"], p.get("bias"), p.get("lora"))
+
+
+def project_all(par: Parallel, x: Tensor, *projections: tuple[str, Mapping[str, Any]]) -> list[Tensor]:
+    """Multiply one activation by several projections, each (spelling, parameters): in one product where their weights travel alike."""
+    spellings = [spelling.split("->") for spelling, _ in projections]
+    left = spellings[0][0].split(",")[0]
+    products = _products(par, left, [operands.split(",")[1] for operands, _ in spellings], x, [p["weight"] for _, p in projections])
+    return [_finished(par, spelling, x, y, p.get("bias"), p.get("lora")) for (spelling, p), y in zip(projections, products, strict=True)]
+
+
+def project_of(par: Parallel, spelling: str, fn: Callable[..., Tensor], inner: Sequence[Tensor], p: Mapping[str, Any]) -> Tensor:
+    """Multiply ``fn(*inner)``, which has the shape of ``inner[0]``, by a projection; keep ``inner`` alone for backward.
+
+    Meant for an elementwise ``fn``: computing it again costs less than keeping what it made.
+    """
+    if "lora" in p:
+        return project(par, spelling, fn(*inner), p)
+    left, right = spelling.split("->", maxsplit=1)[0].split(",")
+    y = _products(par, left, [right], inner[0], [p["weight"]], (fn, *inner))[0]
+    return _finished(par, spelling, inner[0], y, p.get("bias"), None)
 
 
 def linear(
@@ -53,14 +81,20 @@ def linear(
     the result's layout (B R D). The bias, of the result's new axes, is at rest too and whole or split like the result. A low-rank adapter
     adds its two thin products before that sum.
     """
+    left, right = spelling.split("->", maxsplit=1)[0].split(",")
+    return _finished(par, spelling, x, _products(par, left, [right], x, [w])[0], bias, lora)
+
+
+def _finished(par: Parallel, spelling: str, x: Tensor, y: Tensor, bias: Tensor | None, lora: Mapping[str, Tensor] | None) -> Tensor:
+    """Bring a product to its spelled layout, with what is added to it."""
     operands, result = spelling.split("->")
     left, right = operands.split(",")
     shared = "".join(c for c in right if c in left)
     new = "".join(c for c in right if c not in left)
-    y = _product(par, left, right, x, w)
     if lora is not None:
-        thin = _product(par, left, f"{shared}_", x, lora["a"]) * lora["scale"].to(x.dtype)
-        y = y + _product(par, left[: -len(shared)] + "_", f"_{new}", thin, lora["b"])
+        (thin,) = _products(par, left, [f"{shared}_"], x, [lora["a"]])
+        (more,) = _products(par, left[: -len(shared)] + "_", [f"_{new}"], thin * lora["scale"].to(x.dtype), [lora["b"]])
+        y = y + more
     source = left[: -len(shared)] + new
     partial = tuple(axis for c in shared for axis in par.axes(c, "compute"))
     if partial or result != source:
@@ -68,32 +102,51 @@ def linear(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _product(par: Parallel, left: str, right: str, x: Tensor, w: Tensor) -> Tensor:
-    """Contract the letters that an activation and a weight at rest share, on this device alone."""
-    shared = "".join(c for c in right if c in left)
-    new = "".join(c for c in right if c not in left)
-    transposed = right != shared + new
-    if (new + shared if transposed else shared + new) != right or left[-len(shared) :] != shared:
-        raise ValueError(f"linear cannot spell {left},{right}: contracted letters must end the activation and start or end the weight")
-    w = _padded(par, right, w)
-    move = _move(par, right, w)
+def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], made: Any = None) -> list[Tensor]:
+    """Contract the letters that an activation and each weight at rest share, on this device alone.
+
+    ``made`` may be (fn, *inner), where the activation is fn(*inner) and x only shows its shape.
+    """
+    shared = "".join(c for c in rights[0] if c in left)
+    news = ["".join(c for c in right if c not in left) for right in rights]
+    transposed = rights[0] != shared + news[0]
+    for right, new in zip(rights, news, strict=True):
+        if (new + shared if transposed else shared + new) != right or left[-len(shared) :] != shared:
+            raise ValueError(f"linear cannot spell {left},{right}: contracted letters must end the activation and start or end the weight")
+    ws = [_padded(par, right, w) for right, w in zip(rights, ws, strict=True)]
+    moves = [_move(par, right, w) for right, w in zip(rights, ws, strict=True)]
+    if len(ws) > 1 and (transposed or len(shared) > 1 or not _alike(moves, ws, x.dtype)):
+        return [_products(par, left, [right], x, [w])[0] for right, w in zip(rights, ws, strict=True)]
     flat = x.flatten(-len(shared)) if len(shared) > 1 else x
-    rows = flat.flatten(0, -2)
-    split = len(new) if transposed else len(shared)
-    if move.gathers and par.regather:
-        y = _GatheredMatmul.apply(rows, w, split, transposed, move)
+    split = len(news[0]) if transposed else len(shared)
+    fn, *inner = made or (None, flat)
+    rows = [part.flatten(0, -2) for part in inner]
+    if moves[0].gathers and par.regather:
+        y = _Product.apply(fn, split, transposed, moves[0], len(rows), *rows, *ws)
+    elif fn is not None:
+        w = _moved(x.dtype, moves[0], split, ws[0])
+        y = _Product.apply(fn, split, transposed, _Move((), w.dtype, w.dtype), len(rows), *rows, w)
     else:
-        matrix = _matrix(_moved(w, x.dtype, move), split)
-        y = rows @ (matrix.t() if transposed else matrix)
+        matrix = _matrix(_moved(x.dtype, moves[0], split, *ws), split)
+        y = rows[0] @ (matrix.t() if transposed else matrix)
     assert isinstance(y, Tensor)
-    sizes = [_local_size(par, right, c, w) for c in new]
-    return y.unflatten(0, flat.shape[:-1]).unflatten(-1, sizes)
+    sizes = [[_local_size(par, right, c, w) for c in new] for right, new, w in zip(rights, news, ws, strict=True)]
+    return [
+        part.unflatten(0, flat.shape[:-1]).unflatten(-1, size)
+        for part, size in zip(y.split([math.prod(size) for size in sizes], -1), sizes, strict=True)
+    ]
+
+
+def _alike(moves: list[_Move], ws: list[Tensor], dtype: torch.dtype) -> bool:
+    """Tell whether weights can be one matrix: they travel alike, by rows, and are copied on the way anyway."""
+    same = all(move == moves[0] for move in moves) and all(dim == 0 for dim, _, _ in moves[0].gathers)
+    return same and (bool(moves[0].gathers) or all(w.dtype != dtype for w in ws))
 
 
 def fetch(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring a weight from rest to its compute layout, padded, in ``dtype``; the derivative scatters."""
     w = _padded(par, letters, w)
-    return _moved(w, dtype, _move(par, letters, w))
+    return _moved(dtype, _move(par, letters, w), 1, w)
 
 
 def gather_step(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,8 +159,8 @@ def scatter_step(par: Parallel, letters: str, grad: Tensor, rest: Tensor) -> Ten
     return _move(par, letters, rest, step=True).give(grad)
 
 
-def _moved(w: Tensor, dtype: torch.dtype, move: _Move) -> Tensor:
-    out = _Fetch.apply(w, dtype, move) if move.gathers else w.to(dtype)
+def _moved(dtype: torch.dtype, move: _Move, split: int, *shards: Tensor) -> Tensor:
+    out = _Fetch.apply(dtype, move, split, *shards) if move.gathers else _beside(shards, split, dtype).to(dtype)
     assert isinstance(out, Tensor)
     return out
 
@@ -148,16 +201,17 @@ def _padded(par: Parallel, letters: str, w: Tensor) -> Tensor:
 
 class _Fetch(Function):
     @staticmethod
-    def forward(shard: Tensor, dtype: torch.dtype, move: _Move) -> Tensor:
-        return move.fetch(shard, dtype)
+    def forward(dtype: torch.dtype, move: _Move, split: int, *shards: Tensor) -> Tensor:
+        return move.fetch(_beside(shards, split, dtype), dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.move = inputs[2]
+        ctx.args, ctx.shapes = inputs[1:3], [shard.shape for shard in inputs[3:]]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Give.apply(grad, ctx.move), None, None
+        move, split = ctx.args
+        return None, None, None, *_given(grad, move, split, ctx.shapes, ctx.needs_input_grad[3:])
 
 
 class _Give(Function):
@@ -171,34 +225,57 @@ class _Give(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Fetch.apply(grad, ctx.dtype, ctx.move), None
+        return _Fetch.apply(ctx.dtype, ctx.move, 1, grad), None
 
 
-class _GatheredMatmul(Function):
-    """rows @ gathered shard. Keeps the shard, not the weight: backward gathers again (ZeRO-3 without recompute)."""
+class _Product(Function):
+    """rows @ the gathered shards, side by side; or, with ``fn``, fn(*rows) @ them.
+
+    Keeps rows and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products).
+    """
 
     @staticmethod
-    def forward(rows: Tensor, shard: Tensor, split: int, transposed: bool, move: _Move) -> Tensor:
-        w = _matrix(move.fetch(shard, rows.dtype), split)
+    def forward(fn: Any, split: int, transposed: bool, move: _Move, count: int, *tensors: Tensor) -> Tensor:
+        rows = tensors[0] if fn is None else fn(*tensors[:count])
+        w = _matrix(move.fetch(_beside(tensors[count:], split, rows.dtype), rows.dtype), split)
         return rows @ (w.t() if transposed else w)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.args = inputs[2:]
+        ctx.save_for_backward(*inputs[5:])
+        ctx.args = inputs[:5]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        rows, shard = ctx.saved_tensors
-        split, transposed, move = ctx.args
-        w = _Fetch.apply(shard, rows.dtype, move)
+        fn, split, transposed, move, count = ctx.args
+        # Saved tensors may be wrappers of a torch.func level that has ended (inside remat): a view is not.
+        inner, shards = [x.view_as(x) for x in ctx.saved_tensors[:count]], ctx.saved_tensors[count:]
+        wanted, wanted_shards = any(ctx.needs_input_grad[5 : 5 + count]), ctx.needs_input_grad[5 + count :]
+        rows, pull = (inner[0], lambda d: (d,)) if fn is None else vjp(fn, *inner)
+        w = _Fetch.apply(rows.dtype, move, split, *shards)
         assert isinstance(w, Tensor)
         matrix = _matrix(w, split)
-        d_rows = grad @ (matrix if transposed else matrix.t()) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:  # a frozen weight
-            return d_rows, None, None, None, None
-        d_matrix = grad.t() @ rows if transposed else rows.t() @ grad
-        return d_rows, _Give.apply(d_matrix.view(w.shape), move), None, None, None
+        d_inner = pull(grad @ (matrix if transposed else matrix.t())) if wanted else [None] * count
+        d_shards: list[Tensor | None] = [None] * len(shards)
+        if any(wanted_shards):  # frozen weights take none
+            d_matrix = grad.t() @ rows if transposed else rows.t() @ grad
+            d_shards = _given(d_matrix.view(w.shape), move, split, [shard.shape for shard in shards], wanted_shards)
+        return None, None, None, None, None, *d_inner, *d_shards
+
+
+def _given(grad: Tensor, move: _Move, split: int, shapes: list[torch.Size], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Sum the gradient of weights side by side to where each rests."""
+    given = _Give.apply(grad, move)
+    assert isinstance(given, Tensor)
+    if len(shapes) == 1:
+        return [given]
+    parts = given.split([math.prod(shape[split:]) for shape in shapes], -1)
+    return [part.reshape(shape) if need else None for part, shape, need in zip(parts, shapes, wanted, strict=True)]
+
+
+def _beside(shards: Sequence[Tensor], split: int, dtype: torch.dtype) -> Tensor:
+    """Lay weights side by side, in the type they travel in."""
+    return shards[0] if len(shards) == 1 else torch.cat([shard.to(dtype).flatten(split) for shard in shards], -1)
 
 
 def _matrix(w: Tensor, split: int) -> Tensor:

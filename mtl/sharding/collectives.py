@@ -60,6 +60,14 @@ def scatter_raw(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
 
 
+def exchange_sum_raw(x: Tensor, dim: int, size: int, group: str, dtype: torch.dtype) -> Tensor:
+    """Sum and scatter without a derivative: parts travel in the type they have and are summed in ``dtype`` where they arrive."""
+    x = x if dim == 0 else x.unflatten(dim, (size, -1)).movedim(dim, 0).flatten(0, 1)
+    rows = [x.shape[0] // size] * size
+    parts = _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), rows, rows, group))
+    return parts.unflatten(0, (size, -1)).sum(0, dtype=dtype)
+
+
 def permute_start(x: Tensor, shift: int, index: int, size: int, group: str) -> Tensor:
     """Start a permute without a derivative; the result may be read after `wait`."""
     send, receive = ([0] * size for _ in range(2))
