@@ -1,12 +1,16 @@
 """The overlap pass: gathers start before earlier products, sums are collected later, and the numbers stay."""
 
+import pytest
+
 from tests.ranks import Ranks
 
 
-def test_gathers_start_ahead_and_sums_end_behind(ranks: Ranks) -> None:
-    found = ranks.run("tests.cases.overlap:distances", 2)
+@pytest.mark.parametrize(("precision", "engine"), [("fp64", False), ("bf16", False), ("bf16", True)], ids=["sums", "exchanges", "engine"])
+def test_gathers_start_ahead_and_sums_end_behind(ranks: Ranks, precision: str, engine: bool) -> None:
+    found = ranks.run("tests.cases.overlap:distances", 2, precision=precision, engine=engine)
     plain, moved = found["plain"], found["overlap"]
     assert plain["gather"] == 0, "as traced, every gather is waited for before any product"
     assert moved["gather"] >= 0.8 and moved["scatter"] > plain["scatter"], found
+    assert moved["gathers"] == plain["gathers"] > 15 and moved["scatters"] == plain["scatters"] > 8
     assert moved["in_flight"] <= 3, "no more than two gathers wait ahead"
     assert found["same"], "the moved graph gives bitwise the same result"

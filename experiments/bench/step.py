@@ -57,6 +57,8 @@ class Bench:
     """The type in which gradients are summed over devices."""
     overlap: bool = True
     """Start gathers ahead of use, where several GPUs talk."""
+    engine: bool = False
+    """Move weights and gradients by copy engines instead of NCCL."""
     optimizer: Literal["plain", "fused"] = "plain"
     attention: str = "auto"
     steps: int = 13
@@ -127,7 +129,7 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         for line in said if at.rank == 0 else ():
             print(line, flush=True)
         mesh = make_mesh(shape, at.device.type)
-        par = Parallel(mesh, rules, pretrain.sizes(setup, rules, shape), precision.reduce)
+        par = Parallel(mesh, rules, pretrain.sizes(setup, rules, shape), precision.reduce, engine=bench.engine)
         specs = decoder.specs(model)
         optimizer = adamw(params.decayed(specs), impl=bench.optimizer)
         rate = schedule("constant", bench.lr, 1000, 5)
@@ -173,7 +175,8 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
         share = "" if mfu[0] is None else f"  causal MFU {mfu[0]:.1%}"
         print(
             f"{bench.preset} x{setup.model.layers} {chosen} seq {bench.seq_len} x {bench.micro_batch_size} {bench.precision} "
-            f"compile {bench.compile} remat {bench.remat} reduce {bench.reduce}: first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  "
+            f"compile {bench.compile} remat {bench.remat} {'engine' if bench.engine else 'nccl'} reduce {bench.reduce}: "
+            f"first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  "
             f"{speed:,.0f} tokens/s/device{share}  peak {found['peak_memory_gib']} GiB  loss {losses[0]:.4f} -> {losses[-1]:.4f}",
             flush=True,
         )

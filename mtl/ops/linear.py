@@ -16,7 +16,8 @@ from torch.autograd import Function
 from torch.func import vjp
 
 from mtl.axes import LETTERS
-from mtl.sharding.collectives import exchange_sum_raw, gather_raw, scatter_raw
+from mtl.kernels import copy_engine
+from mtl.sharding.collectives import exchange_sum_raw, gather_raw, scatter_raw, wait
 from mtl.sharding.parallel import Parallel
 
 EXCHANGED = 8
@@ -25,26 +26,47 @@ EXCHANGED = 8
 
 @dataclass(frozen=True)
 class _Move:
-    """How weights go from rest to compute: gathers as (dim, size, group), the type that gradients are summed in and the one at rest."""
+    """How weights go from rest to compute: gathers as (dim, size, group), the type that gradients are summed in and the one at rest.
+
+    Weights side by side, ``split`` of their dimensions being rows, move as one. With ``engine`` the copy engines move them.
+    """
 
     gathers: tuple[tuple[int, int, str], ...]
     reduce: torch.dtype
     rest: torch.dtype
+    engine: bool = False
 
-    def fetch(self, shard: Tensor, dtype: torch.dtype) -> Tensor:
-        w = shard.to(dtype)
+    def fetch(self, shards: Sequence[Tensor], split: int, dtype: torch.dtype) -> Tensor:
+        if self._by_engine(split):
+            _, size, group = self.gathers[0]
+            whole = wait(copy_engine.gather(list(shards), dtype, size, group))
+            return whole if len(shards) > 1 else whole.view(size * shards[0].shape[0], *shards[0].shape[1:])
+        w = shards[0] if len(shards) == 1 else torch.cat([shard.to(dtype).flatten(split) for shard in shards], -1)
+        w = w.to(dtype)
         for dim, size, group in self.gathers:
             w = gather_raw(w, dim, size, group)
         return w
 
-    def give(self, grad: Tensor) -> Tensor:
+    def give(self, grad: Tensor, split: int, shapes: Sequence[torch.Size]) -> list[Tensor]:
+        columns = [math.prod(shape[split:]) for shape in shapes]
+        if self._by_engine(split):
+            _, size, group = self.gathers[0]
+            rows = grad.reshape(grad.shape[0], -1)
+            parts = copy_engine.collect(copy_engine.send(rows, size, group), rows, columns, self.reduce, size, group)
+            return [part.view(shape).to(self.rest) for part, shape in zip(parts, shapes, strict=True)]
         for dim, size, group in reversed(self.gathers):
             # Widened before it travels, a product's 16-bit gradient would be twice the bytes with the same bits in them.
             if size <= EXCHANGED and grad.dtype.itemsize < self.reduce.itemsize:
                 grad = exchange_sum_raw(grad, dim, size, group, self.reduce)
             else:
                 grad = scatter_raw(grad.to(self.reduce), dim, size, group)
-        return grad.to(self.rest)
+        grad = grad.to(self.rest)
+        if len(shapes) == 1:
+            return [grad]
+        return [part.reshape(shape) for part, shape in zip(grad.split(columns, -1), shapes, strict=True)]
+
+    def _by_engine(self, split: int) -> bool:
+        return self.engine and len(self.gathers) == 1 and self.gathers[0][0] == 0 and split == 1
 
 
 def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any]) -> Tensor:
@@ -151,16 +173,16 @@ def fetch(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
 
 def gather_step(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Gather a weight for a whole step (rules with GATHER = "step"); no derivative, see `scatter_step`."""
-    return _move(par, letters, w, step=True).fetch(w, dtype)
+    return _move(par, letters, w, step=True).fetch([w], 1, dtype)
 
 
 def scatter_step(par: Parallel, letters: str, grad: Tensor, rest: Tensor) -> Tensor:
     """Sum a step's gradient of a gathered weight over devices and keep the part at rest: the transpose of `gather_step`."""
-    return _move(par, letters, rest, step=True).give(grad)
+    return _move(par, letters, rest, step=True).give(grad, 1, [rest.shape])[0]
 
 
 def _moved(dtype: torch.dtype, move: _Move, split: int, *shards: Tensor) -> Tensor:
-    out = _Fetch.apply(dtype, move, split, *shards) if move.gathers else _beside(shards, split, dtype).to(dtype)
+    out = _Fetch.apply(dtype, move, split, *shards) if move.gathers else move.fetch(shards, split, dtype)
     assert isinstance(out, Tensor)
     return out
 
@@ -178,7 +200,7 @@ def _move(par: Parallel, letters: str, w: Tensor, step: bool = False) -> _Move:
             )
         if extra:
             gathers.append((dim, par.mesh.size(extra), par.mesh.group(extra)))
-    return _Move(tuple(gathers), par.reduce, w.dtype)
+    return _Move(tuple(gathers), par.reduce, w.dtype, par.engine and not step)
 
 
 def _local_size(par: Parallel, letters: str, letter: str, w: Tensor) -> int:
@@ -202,7 +224,7 @@ def _padded(par: Parallel, letters: str, w: Tensor) -> Tensor:
 class _Fetch(Function):
     @staticmethod
     def forward(dtype: torch.dtype, move: _Move, split: int, *shards: Tensor) -> Tensor:
-        return move.fetch(_beside(shards, split, dtype), dtype)
+        return move.fetch(shards, split, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -211,21 +233,21 @@ class _Fetch(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         move, split = ctx.args
-        return None, None, None, *_given(grad, move, split, ctx.shapes, ctx.needs_input_grad[3:])
+        return None, None, None, *_Give.apply(grad, move, split, ctx.shapes)  # pyright: ignore
 
 
 class _Give(Function):
     @staticmethod
-    def forward(grad: Tensor, move: _Move) -> Tensor:
-        return move.give(grad)
+    def forward(grad: Tensor, move: _Move, split: int, shapes: list[torch.Size]) -> tuple[Tensor, ...]:
+        return tuple(move.give(grad, split, shapes))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.move, ctx.dtype = inputs[1], inputs[0].dtype
+        ctx.dtype, ctx.args = inputs[0].dtype, inputs[1:3]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _Fetch.apply(ctx.dtype, ctx.move, 1, grad), None
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Fetch.apply(ctx.dtype, *ctx.args, *grads), None, None, None
 
 
 class _Product(Function):
@@ -237,7 +259,7 @@ class _Product(Function):
     @staticmethod
     def forward(fn: Any, split: int, transposed: bool, move: _Move, count: int, *tensors: Tensor) -> Tensor:
         rows = tensors[0] if fn is None else fn(*tensors[:count])
-        w = _matrix(move.fetch(_beside(tensors[count:], split, rows.dtype), rows.dtype), split)
+        w = _matrix(move.fetch(tensors[count:], split, rows.dtype), split)
         return rows @ (w.t() if transposed else w)
 
     @staticmethod
@@ -251,31 +273,21 @@ class _Product(Function):
         # Saved tensors may be wrappers of a torch.func level that has ended (inside remat): a view is not.
         inner, shards = [x.view_as(x) for x in ctx.saved_tensors[:count]], ctx.saved_tensors[count:]
         wanted, wanted_shards = any(ctx.needs_input_grad[5 : 5 + count]), ctx.needs_input_grad[5 + count :]
-        rows, pull = (inner[0], lambda d: (d,)) if fn is None else vjp(fn, *inner)
+        made: Any = (inner[0], None) if fn is None else vjp(fn, *inner)
+        rows, pull = made
         w = _Fetch.apply(rows.dtype, move, split, *shards)
         assert isinstance(w, Tensor)
         matrix = _matrix(w, split)
-        d_inner = pull(grad @ (matrix if transposed else matrix.t())) if wanted else [None] * count
+        d_inner: Sequence[Tensor | None] = [None] * count
+        if wanted:
+            d_rows = grad @ (matrix if transposed else matrix.t())
+            d_inner = [d_rows] if pull is None else pull(d_rows)
         d_shards: list[Tensor | None] = [None] * len(shards)
         if any(wanted_shards):  # frozen weights take none
             d_matrix = grad.t() @ rows if transposed else rows.t() @ grad
-            d_shards = _given(d_matrix.view(w.shape), move, split, [shard.shape for shard in shards], wanted_shards)
+            given: Any = _Give.apply(d_matrix.view(w.shape), move, split, [shard.shape for shard in shards])
+            d_shards = [part if need else None for part, need in zip(given, wanted_shards, strict=True)]
         return None, None, None, None, None, *d_inner, *d_shards
-
-
-def _given(grad: Tensor, move: _Move, split: int, shapes: list[torch.Size], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """Sum the gradient of weights side by side to where each rests."""
-    given = _Give.apply(grad, move)
-    assert isinstance(given, Tensor)
-    if len(shapes) == 1:
-        return [given]
-    parts = given.split([math.prod(shape[split:]) for shape in shapes], -1)
-    return [part.reshape(shape) if need else None for part, shape, need in zip(parts, shapes, wanted, strict=True)]
-
-
-def _beside(shards: Sequence[Tensor], split: int, dtype: torch.dtype) -> Tensor:
-    """Lay weights side by side, in the type they travel in."""
-    return shards[0] if len(shards) == 1 else torch.cat([shard.to(dtype).flatten(split) for shard in shards], -1)
 
 
 def _matrix(w: Tensor, split: int) -> Tensor:

@@ -7,42 +7,50 @@ waited for where sum j + DISTANCE starts. Nothing else moves, so at most DISTANC
 import importlib
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 DISTANCE = 2
 
-_gather: Any = torch.ops._c10d_functional.all_gather_into_tensor.default  # pyright: ignore
-_scatter: Any = torch.ops._c10d_functional.reduce_scatter_tensor.default  # pyright: ignore
-_wait: Any = torch.ops._c10d_functional.wait_tensor.default  # pyright: ignore
+GATHERS = ("_c10d_functional.all_gather_into_tensor.default", "mtl_engine.gather.default")
+SUMS = ("_c10d_functional.reduce_scatter_tensor.default", "_c10d_functional.all_to_all_single.default", "mtl_engine.send.default")
+ENDS = ("_c10d_functional.wait_tensor.default", "mtl_engine.collect.default")
+HEAVY = ("mm", "attention", "all_", "reduce_scatter", "wait_tensor", "mtl_engine")
+"""Parts of names of operations that take time, or that wait."""
 
 
 def overlap(graph: Graph, distance: int = DISTANCE) -> None:
     """Move gathers of parameters ahead and waits for sums behind, in place."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    gathers = [n for n in graph.nodes if n.target is _gather and _from_inputs(n)]
-    waits = [_wait_of(n) for n in gathers]
+    order = _order(graph)
+    gathers = [n for n in graph.nodes if str(n.target) in GATHERS and _from_inputs(n)]
+    waits = [_end_of(n) for n in gathers]
     for wait in waits:
         if wait is not None and wait.users:
             min(wait.users, key=lambda user: order[user]).prepend(wait)
-    order = {node: i for i, node in enumerate(graph.nodes)}
+    order = _order(graph)
     for i in range(distance, len(gathers)):
         anchor = waits[i - distance]
         if anchor is not None and order[anchor] < order[gathers[i]]:
             for node in sorted(_ancestry(gathers[i]), key=lambda n: order[n]):
                 if order[node] > order[anchor]:
                     anchor.prepend(node)
-    scatters = [n for n in graph.nodes if n.target is _scatter]
-    for j, node in enumerate(scatters):
-        wait, order = _wait_of(node), {n: i for i, n in enumerate(graph.nodes)}
-        if wait is None or not wait.users:
-            continue
-        first = min(wait.users, key=lambda user: order[user])
-        later = scatters[j + distance] if j + distance < len(scatters) else None
-        target = later if later is not None and order[later] < order[first] else first
-        if order[target] > order[wait]:
-            target.prepend(wait)
+    sums = [n for n in graph.nodes if str(n.target) in SUMS]
+    for j, node in enumerate(sums):
+        end = _end_of(node)
+        if end is not None and end.users:
+            _delay(end, sums[j + distance] if j + distance < len(sums) else next(reversed(graph.nodes)), _order(graph))
     graph.lint()
+
+
+def _delay(end: Node, later: Node, order: dict[Node, int]) -> None:
+    """Move the end of a sum, and what is made of it before ``later``, to there; or, where that is work, to its first use."""
+    moved = sorted((n for n in _descent(end, order[later], order)), key=lambda n: order[n])
+    if later in moved or any(part in str(n.target) for n in moved[1:] for part in HEAVY):
+        first = min(end.users, key=lambda user: order[user])
+        if order[first] > order[end] + 1:
+            first.prepend(end)
+    elif order[later] > order[end]:
+        for node in moved:
+            later.prepend(node)
 
 
 def options() -> dict[str, Any]:
@@ -56,13 +64,17 @@ def options() -> dict[str, Any]:
             overlap(graph)
 
         def uuid(self) -> str:
-            return f"mtl.overlap.1.{DISTANCE}"
+            return f"mtl.overlap.2.{DISTANCE}"
 
     return {"post_grad_custom_post_pass": Pass(), "reorder_for_peak_memory": False}
 
 
-def _wait_of(node: Node) -> Node | None:
-    return next((user for user in node.users if user.target is _wait), None)
+def _order(graph: Graph) -> dict[Node, int]:
+    return {node: i for i, node in enumerate(graph.nodes)}
+
+
+def _end_of(node: Node) -> Node | None:
+    return next((user for user in node.users if str(user.target) in ENDS), None)
 
 
 def _ancestry(node: Node) -> set[Node]:
@@ -76,8 +88,19 @@ def _ancestry(node: Node) -> set[Node]:
     return found
 
 
-def _from_inputs(node: Node, limit: int = 12) -> bool:
+def _descent(node: Node, limit: int, order: dict[Node, int]) -> set[Node]:
+    """Give a node and what follows from it up to a place in the order, that place included."""
+    found: set[Node] = set()
+    left = [node]
+    while left:
+        n = left.pop()
+        if n not in found and order[n] <= limit and n.op != "output":
+            found.add(n)
+            left += n.users
+    return found
+
+
+def _from_inputs(node: Node, limit: int = 40) -> bool:
     """Tell whether a gather needs no compute: few steps from the graph's inputs, none of them a product or a collective."""
     found = _ancestry(node) - {node}
-    heavy = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default, _wait)
-    return len(found) <= limit and not any(n.target in heavy for n in found)
+    return len(found) <= limit and not any(part in str(n.target) for n in found for part in HEAVY)

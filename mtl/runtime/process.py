@@ -49,7 +49,7 @@ def leave_together(code: int) -> None:
 
 
 def prepare_environment(deterministic: bool = False, cache: Path | None = None) -> None:
-    """Set what must be set before a process group or a kernel exists; a workspace or cache that the user chose stays.
+    """Set what must be set before a process group or a kernel exists; what the user chose stays.
 
     What the compiler makes is kept in ``cache``, by default TORCHINDUCTOR_CACHE_DIR or the user's own cache folder: torch's default is a
     folder of temporary files, which a restart of the machine empties.
@@ -59,6 +59,7 @@ def prepare_environment(deterministic: bool = False, cache: Path | None = None) 
     elif "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (home := _user_cache()) is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "mtl" / "compiled")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # with 8, a receive that waits can hold up other streams, and its sender
+    os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # copy engines need none of it
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -19,6 +19,7 @@ class Parallel:
 
     ``sizes`` maps logical axes to global sizes; ``reduce`` is the type of gradients on the wire. With ``regather`` a gathered weight is
     dropped after use and gathered again in backward; without, it is kept, as inside what is computed again in backward anyway.
+    With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers must be on one host.
     """
 
     mesh: Mesh
@@ -26,6 +27,7 @@ class Parallel:
     sizes: Mapping[str, int]
     reduce: torch.dtype = torch.float32
     regather: bool = True
+    engine: bool = False
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)
 
     def layout(self, letters: str, table: str = "act") -> Layout:

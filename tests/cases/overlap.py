@@ -1,5 +1,6 @@
 """Run the overlap pass on the real graph of an FSDP step and look at what lies between a collective's start and its wait."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from mtl import tree
 from mtl.models import decoder
 from mtl.params import init
 from mtl.precision import PRECISIONS
-from mtl.runtime.overlap import overlap
+from mtl.runtime.overlap import ENDS, GATHERS, SUMS, overlap
 from mtl.sharding.shard_map import to_local
 from mtl.train.gradient import value_and_grad
 from mtl.train.loss import make_loss, parse_remat
@@ -19,11 +20,12 @@ from tests.cases.train import batch, parallel
 from tests.small import BATCH, LLAMA, MESHES
 
 
-def distances() -> dict[str, Any]:
+def distances(precision: str, engine: bool) -> dict[str, Any]:
     """Give, before and after, the share of gathers and sums that a product overlaps, and whether results are equal."""
-    par = parallel(LLAMA, sharding_rules.load("fsdp"), MESHES["fsdp"][2], BATCH // 2, PRECISIONS["fp64"])
-    loss = make_loss(decoder, LLAMA, par, PRECISIONS["fp64"], parse_remat("none"))
-    params = tree.map(to_local, init(decoder.specs(LLAMA), par.rules, par.mesh, 0, torch.float64))
+    par = parallel(LLAMA, sharding_rules.load("fsdp"), MESHES["fsdp"][2], BATCH // 2, PRECISIONS[precision])
+    par = dataclasses.replace(par, engine=engine)
+    loss = make_loss(decoder, LLAMA, par, PRECISIONS[precision], parse_remat("none"))
+    params = tree.map(to_local, init(decoder.specs(LLAMA), par.rules, par.mesh, 0, PRECISIONS[precision].param))
     data = {k: v if k == "slots" else v[0] for k, v in batch(par, LLAMA, 0, BATCH // 2, False).items()}
     data["key"] = torch.tensor(1)
     found: dict[str, Any] = {}
@@ -38,7 +40,7 @@ def distances() -> dict[str, Any]:
             return make_boxed_func(graph.forward)
 
         step = value_and_grad(loss, "step", aot_autograd(fw_compiler=look))
-        results.append(tree.leaves(step(params, data, torch.tensor(1.0, dtype=torch.float64))))
+        results.append(tree.leaves(step(params, data, torch.tensor(1.0, dtype=PRECISIONS[precision].param))))
     return {**found, "same": all(torch.equal(a, b) for a, b in zip(*results, strict=True))}
 
 
@@ -48,10 +50,11 @@ def measure(nodes: list[Any]) -> dict[str, float]:
     products = [i for i, n in enumerate(nodes) if n.target is torch.ops.aten.mm.default]
     out: dict[str, float] = {}
     spans: list[tuple[int, int]] = []
-    for kind, op in (("gather", "all_gather_into_tensor"), ("scatter", "reduce_scatter_tensor")):
-        starts = [n for n in nodes if getattr(n.target, "__name__", "").startswith(op)]
-        pairs = [(place[n], place[next(iter(n.users))]) for n in starts]
+    for kind, names in (("gather", GATHERS), ("scatter", SUMS)):
+        starts = [n for n in nodes if str(n.target) in names]
+        pairs = [(place[n], place[next(user for user in n.users if str(user.target) in ENDS)]) for n in starts]
         out[kind] = sum(any(a < p < b for p in products) for a, b in pairs) / len(pairs)
+        out[f"{kind}s"] = len(pairs)
         spans += pairs if kind == "gather" else []
     out["in_flight"] = max(sum(a <= p < b for a, b in spans) for p in products)
     return out

@@ -1,6 +1,7 @@
 """Train a small model on whatever mesh, from the library's own pieces, and compare with one device."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def train(table: str, world: int, model: str, remat: str, how: str, micros: int)
     config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     micro = BATCH // (rows * micros)
-    par = parallel(config, rules, shape, micro, precision)
+    par = replace(parallel(config, rules, shape, micro, precision), engine=how == "engine")
+    how = "step" if how == "engine" else how
     specs = decoder.specs(config)
     optimizer = adamw(decayed(specs))
     state = init_state(specs, rules, par.mesh, 7, precision, optimizer)
