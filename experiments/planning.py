@@ -54,7 +54,8 @@ class Job:
 
     def parallel(self, device: int = 0) -> Parallel:
         """Stand on one device of the mesh."""
-        return Parallel(planned_mesh(self.mesh, device, self.kind), self.rules, self.sizes, self.options.precision.reduce)
+        mesh, precision = planned_mesh(self.mesh, device, self.kind), self.options.precision
+        return Parallel(mesh, self.rules, self.sizes, precision.reduce, fp8=precision.fp8)
 
     def rows(self) -> int:
         """Count the samples that a device takes through the model at once."""

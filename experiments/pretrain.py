@@ -201,7 +201,7 @@ def run(
     """Train and give the final state. ``steps`` are those whose checkpoints the folder holds."""
     model, train = setup.model, setup.train
     mesh = make_mesh(shape, at.device.type)
-    par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce)
+    par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce, fp8=precision.fp8)
     optimizer, rate = make_optimizer(setup)
     fresh = partial(init_state, seed=train.seed)
     tuned = tuning(setup.lora, model, par, precision, work.begin or fresh)
@@ -283,7 +283,7 @@ def by_length(par: Parallel, make: Callable[[Parallel], Any]) -> Any:
         length: int = batch["tokens"].shape[-1] * par.mesh.size(par.axes("S"))
         if length not in known:
             seq = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), length)
-            known[length] = make(Parallel(par.mesh, par.rules, {**par.sizes, **seq}, par.reduce))
+            known[length] = make(par.sized(**seq))
         return known[length](state, batch)
 
     return step

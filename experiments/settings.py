@@ -142,7 +142,7 @@ class Experiment:
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     rules: str | None = None
     """Parallel layout: a shipped table's name, a path to a table, or a module; by default chosen from the mesh."""
-    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16"] = "auto"
+    precision: Literal["auto", "fp64", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """auto is bf16 on GPUs, fp32 elsewhere."""
     compile: Literal["auto", "none", "block", "step"] = "auto"
     """auto compiles the whole step on CUDA devices, nothing elsewhere."""

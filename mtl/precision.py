@@ -9,13 +9,16 @@ import torch
 
 @dataclass(frozen=True)
 class Precision:
-    """Types for parameters and optimizer state, for compute, for gradients on the wire; and whether the loss is scaled."""
+    """Types for parameters and optimizer state, for compute, for gradients on the wire; whether the loss is scaled; whether layers'
+    projections are multiplied in 8 bits.
+    """
 
     name: str
     param: torch.dtype
     compute: torch.dtype
     reduce: torch.dtype
     scaled: bool = False
+    fp8: bool = False
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
@@ -24,6 +27,7 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
         "fp32": Precision("fp32", torch.float32, torch.float32, torch.float32),
         "bf16": Precision("bf16", torch.float32, torch.bfloat16, torch.float32),
         "fp16": Precision("fp16", torch.float32, torch.float16, torch.float32, scaled=True),
+        "fp8": Precision("fp8", torch.float32, torch.bfloat16, torch.float32, fp8=True),
     }
 )
 

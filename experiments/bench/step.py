@@ -50,7 +50,7 @@ class Bench:
     accumulate: int = 1
     layers: int | None = None
     """Fewer layers than the preset has."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     remat: str = "none"
     reduce: Literal["float32", "bfloat16"] = "float32"
@@ -129,7 +129,7 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         for line in said if at.rank == 0 else ():
             print(line, flush=True)
         mesh = make_mesh(shape, at.device.type)
-        par = Parallel(mesh, rules, pretrain.sizes(setup, rules, shape), precision.reduce, engine=bench.engine)
+        par = Parallel(mesh, rules, pretrain.sizes(setup, rules, shape), precision.reduce, engine=bench.engine, fp8=precision.fp8)
         specs = decoder.specs(model)
         optimizer = adamw(params.decayed(specs), impl=bench.optimizer)
         rate = schedule("constant", bench.lr, 1000, 5)

@@ -34,7 +34,7 @@ class PlanSettings:
     """A device table's name, or a JSON file of one (experiments/bench/calibrate.py writes it)."""
     node_size: int | None = None
     """Devices that the fast link joins, where it is not the table's number."""
-    precision: Literal["fp64", "fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     packed: bool = False
     """Rows hold several documents that attention keeps apart, as experiments/finetune.py packs them."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-MATMULS = ("mm", "bmm", "addmm", "baddbmm")
+MATMULS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm")
 REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "logsumexp", "var_mean", "native_layer_norm", "native_layer_norm_backward", "prod")
 OPAQUE = (
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.func import vjp
 
 from mtl.axes import LETTERS
-from mtl.kernels import copy_engine
+from mtl.kernels import copy_engine, fp8
 from mtl.sharding.collectives import exchange_sum_raw, gather_raw, scatter_raw, wait
 from mtl.sharding.parallel import Parallel
 
@@ -143,11 +143,12 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     split = len(news[0]) if transposed else len(shared)
     fn, *inner = made or (None, flat)
     rows = [part.flatten(0, -2) for part in inner]
+    eight = par.fp8 and _may_round(rights, rows[0], ws, split, transposed)
     if moves[0].gathers and par.regather:
-        y = _Product.apply(fn, split, transposed, moves[0], len(rows), *rows, *ws)
-    elif fn is not None:
-        w = _moved(x.dtype, moves[0], split, ws[0])
-        y = _Product.apply(fn, split, transposed, _Move((), w.dtype, w.dtype), len(rows), *rows, w)
+        y = _Product.apply(fn, split, transposed, eight, moves[0], len(rows), *rows, *ws)
+    elif fn is not None or eight:
+        w = _moved(x.dtype, moves[0], split, *ws)
+        y = _Product.apply(fn, split, transposed, eight, _Move((), w.dtype, w.dtype), len(rows), *rows, w)
     else:
         matrix = _matrix(_moved(x.dtype, moves[0], split, *ws), split)
         y = rows[0] @ (matrix.t() if transposed else matrix)
@@ -157,6 +158,12 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
         part.unflatten(0, flat.shape[:-1]).unflatten(-1, size)
         for part, size in zip(y.split([math.prod(size) for size in sizes], -1), sizes, strict=True)
     ]
+
+
+def _may_round(rights: list[str], rows: Tensor, ws: list[Tensor], split: int, transposed: bool) -> bool:
+    """Tell whether a product can be taken in 8 bits: the layers' projections are, the head and thin adapters are not."""
+    columns = ws[0].shape[:split].numel() if transposed else sum(w.shape[split:].numel() for w in ws)
+    return not any(c in right for c in "V_" for right in rights) and fp8.fits(*rows.shape, columns)
 
 
 def _alike(moves: list[_Move], ws: list[Tensor], dtype: torch.dtype) -> bool:
@@ -253,41 +260,50 @@ class _Give(Function):
 class _Product(Function):
     """rows @ the gathered shards, side by side; or, with ``fn``, fn(*rows) @ them.
 
-    Keeps rows and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products).
+    Keeps rows and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products). With ``eight`` all three
+    products are taken in 8 bits.
     """
 
     @staticmethod
-    def forward(fn: Any, split: int, transposed: bool, move: _Move, count: int, *tensors: Tensor) -> Tensor:
+    def forward(fn: Any, split: int, transposed: bool, eight: bool, move: _Move, count: int, *tensors: Tensor) -> Tensor:
         rows = tensors[0] if fn is None else fn(*tensors[:count])
         w = _matrix(move.fetch(tensors[count:], split, rows.dtype), split)
-        return rows @ (w.t() if transposed else w)
+        w = w.t() if transposed else w
+        return fp8.matmul(rows, w, fp8.scale_for(rows), fp8.scale_for(w)) if eight else rows @ w
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[5:])
-        ctx.args = inputs[:5]
+        ctx.save_for_backward(*inputs[6:])
+        ctx.args = inputs[:6]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        fn, split, transposed, move, count = ctx.args
+        fn, split, transposed, eight, move, count = ctx.args
         # Saved tensors may be wrappers of a torch.func level that has ended (inside remat): a view is not.
         inner, shards = [x.view_as(x) for x in ctx.saved_tensors[:count]], ctx.saved_tensors[count:]
-        wanted, wanted_shards = any(ctx.needs_input_grad[5 : 5 + count]), ctx.needs_input_grad[5 + count :]
+        wanted, wanted_shards = any(ctx.needs_input_grad[6 : 6 + count]), ctx.needs_input_grad[6 + count :]
         made: Any = (inner[0], None) if fn is None else vjp(fn, *inner)
         rows, pull = made
         w = _Fetch.apply(rows.dtype, move, split, *shards)
         assert isinstance(w, Tensor)
         matrix = _matrix(w, split)
+        back = matrix if transposed else matrix.t()
+        scale = fp8.scale_for(grad, fp8.GRADIENTS) if eight else grad
         d_inner: Sequence[Tensor | None] = [None] * count
         if wanted:
-            d_rows = grad @ (matrix if transposed else matrix.t())
+            d_rows = fp8.matmul(grad, back, scale, fp8.scale_for(matrix), fp8.GRADIENTS) if eight else grad @ back
             d_inner = [d_rows] if pull is None else pull(d_rows)
         d_shards: list[Tensor | None] = [None] * len(shards)
         if any(wanted_shards):  # frozen weights take none
-            d_matrix = grad.t() @ rows if transposed else rows.t() @ grad
+            if eight:
+                sides = ((grad, scale, fp8.GRADIENTS), (rows, fp8.scale_for(rows), fp8.VALUES))
+                (a, scale_a, type_a), (b, scale_b, type_b) = sides if transposed else reversed(sides)
+                d_matrix = fp8.matmul(a.t(), b, scale_a, scale_b, type_a, type_b)
+            else:
+                d_matrix = grad.t() @ rows if transposed else rows.t() @ grad
             given: Any = _Give.apply(d_matrix.view(w.shape), move, split, [shard.shape for shard in shards])
             d_shards = [part if need else None for part, need in zip(given, wanted_shards, strict=True)]
-        return None, None, None, None, None, *d_inner, *d_shards
+        return None, None, None, None, None, None, *d_inner, *d_shards
 
 
 def _matrix(w: Tensor, split: int) -> Tensor:

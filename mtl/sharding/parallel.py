@@ -20,6 +20,7 @@ class Parallel:
     ``sizes`` maps logical axes to global sizes; ``reduce`` is the type of gradients on the wire. With ``regather`` a gathered weight is
     dropped after use and gathered again in backward; without, it is kept, as inside what is computed again in backward anyway.
     With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers must be on one host.
+    With ``fp8`` the layers' projections are multiplied in 8 bits.
     """
 
     mesh: Mesh
@@ -28,6 +29,7 @@ class Parallel:
     reduce: torch.dtype = torch.float32
     regather: bool = True
     engine: bool = False
+    fp8: bool = False
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)
 
     def layout(self, letters: str, table: str = "act") -> Layout:
@@ -42,6 +44,10 @@ class Parallel:
     def keeping(self) -> "Parallel":
         """Give the same, but keeping gathered weights."""
         return replace(self, regather=False)
+
+    def sized(self, **sizes: int) -> "Parallel":
+        """Give the same for other sizes of some logical axes."""
+        return replace(self, sizes={**self.sizes, **sizes}, _layouts={})
 
     def axes(self, letter: str, table: str = "act") -> Axes:
         """Give the mesh axes that split one logical axis."""
