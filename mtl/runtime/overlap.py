@@ -37,7 +37,7 @@ def overlap(graph: Graph, distance: int = DISTANCE) -> None:
     for j, node in enumerate(sums):
         end = _end_of(node)
         if end is not None and end.users:
-            _delay(end, sums[j + distance] if j + distance < len(sums) else next(reversed(graph.nodes)), _order(graph))
+            _delay(end, sums[j + distance] if j + distance < len(sums) else next(iter(reversed(graph.nodes))), _order(graph))
     graph.lint()
 
 
