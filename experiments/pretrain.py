@@ -123,6 +123,16 @@ def choose_precision(setup: Experiment, device: torch.device) -> Precision:
     return PRECISIONS[name]
 
 
+def by_engine(setup: Experiment, at: process.Place) -> bool:
+    """Find whether the copy engines move weights and gradients."""
+    able = process.copy_engines(at)
+    if setup.transport == "engine" and not able and at.device.type != "cpu":  # on CPUs gloo stands in for them
+        raise UserError("transport is engine: that needs NVIDIA GPUs of one host, one a process, that reach each other. Take nccl or auto.")
+    return setup.transport == "engine" or (
+        setup.transport == "auto" and able and setup.compile in ("auto", "step") and setup.mesh.pipe == 1
+    )
+
+
 def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:
     """Give the size of every logical axis of this run; the batch counts a micro-batch over all devices."""
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
@@ -201,13 +211,17 @@ def run(
     """Train and give the final state. ``steps`` are those whose checkpoints the folder holds."""
     model, train = setup.model, setup.train
     mesh = make_mesh(shape, at.device.type)
-    par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce, fp8=precision.fp8)
+    engine = by_engine(setup, at)
+    par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce, engine=engine, fp8=precision.fp8)
     optimizer, rate = make_optimizer(setup)
     fresh = partial(init_state, seed=train.seed)
     tuned = tuning(setup.lora, model, par, precision, work.begin or fresh)
     specs = tuned.model.specs(model)
     pipeline = pipelining.plan(setup, shape)
-    choices = resolved(rules, shape, precision) | {"pipeline": pipelining.described(setup, pipeline)}
+    choices = resolved(rules, shape, precision) | {
+        "transport": "engine" if engine else "collectives",
+        "pipeline": pipelining.described(setup, pipeline),
+    }
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, "decides": dict(work.decides), **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)

@@ -173,10 +173,8 @@ def test_full_remat_keeps_the_inputs_of_layers(how: str, most: int) -> None:
 
 
 MEASURED = [  # preset, mesh, batch, tokens, layers, GiB and ms of docs/benchmarks.md
-    ("llama_1b", MeshShape(), 2, 4096, None, 32.9, 138),
-    ("llama_1b", MeshShape(), 4, 4096, None, 46.1, 257),
-    ("llama3_8b", MeshShape(fsdp=4), 2, 8192, 8, 41.9, 475),
-    ("llama3_8b", MeshShape(fsdp=4), 2, 8192, None, 110.5, 1636),
+    ("llama3_8b", MeshShape(), 2, 8192, 4, 40.8, 269),
+    ("llama3_8b", MeshShape(fsdp=4), 2, 8192, 8, 37.9, 468),
 ]
 
 

@@ -55,9 +55,11 @@ def test_torchrun_gives_one_process_numbers(tmp_path: Path) -> None:
     assert {"eval_loss", "eval_bits_per_byte"} <= set(want[-1])
     config = json.loads((tmp_path / "one/config.json").read_text())
     assert config["train"]["steps"] == 3 and config["versions"]["torch"] and config["resolved"]["rules"] == "single"
-    both = ["--rules", "fsdp_tensor", "--mesh.fsdp", "2", "--mesh.tensor", "-1"]
+    both = ["--rules", "fsdp_tensor", "--mesh.fsdp", "2", "--mesh.tensor", "-1", "--transport", "engine"]
     meshed = start(["tiny", "--precision", "fp64", *SHORT, *MODEL, *both, "--out", str(tmp_path / "four")], ranks=4)
     assert meshed.returncode == 0, meshed.stderr
+    resolved = [json.loads((tmp_path / name / "config.json").read_text())["resolved"]["transport"] for name in ("one", "four")]
+    assert resolved == ["collectives", "engine"]
     for a, b in zip(metrics(tmp_path / "four"), want, strict=True):
         for name in ("loss", "grad_norm", "learning_rate", "tokens", "eval_loss"):
             if name in b:

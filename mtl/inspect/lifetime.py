@@ -165,6 +165,13 @@ def _reuse(kernels: Sequence[Kernel], spans: dict[int, tuple[int, int]], trace: 
                 ends[kernel.place].remove(fits[0])
 
 
+def sums_gradients(op: Op, kinds: Mapping[int, str]) -> bool:
+    """Tell whether an operation sums gradients over devices and leaves each its part, in one step or by an exchange."""
+    if op.wire is None or op.wire.collective not in ("reduce_scatter", "all_to_all"):
+        return False
+    return op.wire.collective == "reduce_scatter" or any(kinds.get(b) == "gradients" for b in (*op.reads, *op.makes))
+
+
 def _stretch(kernels: Sequence[Kernel], spans: dict[int, tuple[int, int]], kinds: Mapping[int, str], overlap: int) -> None:
     """Start gathers of weights earlier, and end what is summed over devices later."""
     gathers = [
@@ -175,7 +182,7 @@ def _stretch(kernels: Sequence[Kernel], spans: dict[int, tuple[int, int]], kinds
     ]
     for (_, b), (earlier, _) in zip(gathers[overlap:], gathers, strict=False):
         spans[b] = (min(earlier, spans[b][0]), spans[b][1])
-    sums = [k for k in kernels if k.op.wire is not None and k.op.wire.collective == "reduce_scatter"]
+    sums = [k for k in kernels if sums_gradients(k.op, kinds)]
     for k, later in zip(sums, sums[overlap:], strict=False):
         for b in (*k.op.reads, *k.op.makes):
             if b in spans:
@@ -196,7 +203,7 @@ def _as_measured(kernels: Sequence[Kernel], life: Life, overlap: int, devices: i
         return replace(life, spans=spans, sizes=sizes, kinds=kinds)
     last = head[-1].place
     if overlap:
-        sums = [k.place for k in kernels if k.place > last and k.op.wire is not None and k.op.wire.collective == "reduce_scatter"]
+        sums = [k.place for k in kernels if k.place > last and sums_gradients(k.op, kinds)]
         last = sums[min(overlap, len(sums) - 1)] if sums else last
     for b in (b for k in tiles for b in k.op.makes):
         spans[b] = (spans[b][0], max(spans[b][1], last))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mtl.inspect.hardware import Device
-from mtl.inspect.lifetime import Kernel, Life
+from mtl.inspect.lifetime import Kernel, Life, sums_gradients
 from mtl.inspect.mesh import members
 from mtl.inspect.record import Wire
 from mtl.sharding.mesh import MeshShape
@@ -62,7 +62,7 @@ def seconds(life: Life, mesh: MeshShape, device: Device, dtype: str, overlapped:
             found[name] += kernel_seconds(kernel, device, dtype)
             continue
         kinds = {life.kinds.get(b) for b in (*op.reads, *op.makes)}
-        hides = overlapped and (kinds & {"gathered weights"} or (kinds & {"gradients"} and op.wire.collective == "reduce_scatter"))
+        hides = overlapped and (kinds & {"gathered weights"} or (kinds & {"gradients"} and sums_gradients(op, life.kinds)))
         found["hidden communication" if hides else "communication"] += traffic(op.wire, mesh, device, bool(hides)).seconds
     return found
 

@@ -17,11 +17,8 @@ from torch.func import vjp
 
 from mtl.axes import LETTERS
 from mtl.kernels import copy_engine, fp8
-from mtl.sharding.collectives import exchange_sum_raw, gather_raw, scatter_raw, wait
+from mtl.sharding.collectives import EXCHANGED, exchange_sum_raw, gather_raw, scatter_raw, wait
 from mtl.sharding.parallel import Parallel
-
-EXCHANGED = 8
-"""Up to this many devices, which one host holds, 16-bit gradients travel as they are and are summed where they arrive."""
 
 
 @dataclass(frozen=True)

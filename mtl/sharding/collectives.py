@@ -14,6 +14,9 @@ from torch.autograd import Function
 from mtl.sharding.layout import Axes
 from mtl.sharding.mesh import Mesh
 
+EXCHANGED = 8
+"""Up to this many devices, which one host holds, 16-bit values travel as they are and are summed in float32 where they arrive."""
+
 _ops: Any = torch.ops._c10d_functional  # pyright: ignore[reportPrivateUsage]
 _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
 
@@ -24,7 +27,7 @@ def all_gather(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
 
 
 def psum_scatter(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
-    """Sum over ``axes`` and keep this device's part of dimension ``dim``."""
+    """Sum over ``axes`` and keep this device's part of dimension ``dim``. 16-bit values are summed in float32 and rounded once."""
     return x if mesh.size(axes) == 1 else _psum_scatter(x, dim, mesh.size(axes), mesh.group(axes))
 
 
@@ -64,7 +67,7 @@ def exchange_sum_raw(x: Tensor, dim: int, size: int, group: str, dtype: torch.dt
     """Sum and scatter without a derivative: parts travel in the type they have and are summed in ``dtype`` where they arrive."""
     x = x if dim == 0 else x.unflatten(dim, (size, -1)).movedim(dim, 0).flatten(0, 1)
     rows = [x.shape[0] // size] * size
-    parts = _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), rows, rows, group))
+    parts = exchange_raw(x, rows, rows, group)
     return parts.unflatten(0, (size, -1)).sum(0, dtype=dtype)
 
 
@@ -103,6 +106,8 @@ class _AllGather(Function):
 class _PsumScatter(Function):
     @staticmethod
     def forward(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+        if x.dtype.itemsize == 2 and size <= EXCHANGED:
+            return exchange_sum_raw(x, dim, size, group, torch.float32).to(x.dtype)
         return scatter_raw(x, dim, size, group)
 
     @staticmethod
