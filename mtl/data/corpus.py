@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mtl.data.indexed import Indexed, idx_path, open_indexed
+from mtl.data.mapped import at_random
 from mtl.data.shards import map_tokens
 from mtl.errors import UserError
 
@@ -185,7 +186,10 @@ def open_corpus(path: str, bounds: tuple[float, float] | None = (0.0, 1.0), dtyp
         whole = open_indexed(prefix)
         if whole.dtype.kind not in "iu":
             raise UserError(f"{idx_path(prefix)} holds elements of type {whole.dtype.name}: tokens must be whole numbers.")
+        for array in (whole.pointers, whole.tokens):
+            at_random(array)
         return Part(whole, *share(whole.sequences, bounds))
     tokens = map_tokens(path if path.endswith((".npy", ".bin")) else f"{path}.bin", dtype, skip_bytes)
+    at_random(tokens)
     first, stop = share(len(tokens), bounds)
     return Shard(tokens[first:stop])

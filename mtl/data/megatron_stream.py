@@ -10,6 +10,7 @@ import numpy.typing as npt
 from mtl import random
 from mtl.data import megatron
 from mtl.data.corpus import Corpus, Part
+from mtl.data.mapped import in_turn
 from mtl.data.samples import Sample, Samples
 from mtl.data.stream import Piece, Reading, read_sample
 from mtl.errors import UserError
@@ -101,6 +102,7 @@ def megatron_samples(
 
 
 def _indices(name: str, corpus: Part, seq_len: int, samples: int | None, seed: int) -> megatron.Indices:
+    in_turn(corpus.of.lengths)  # all of them are read, unlike by the stateless order
     lengths: Any = np.asarray(corpus.of.lengths)
     documents = np.arange(corpus.first, corpus.stop, dtype=np.int32)
     if corpus.size <= seq_len and samples is None:
