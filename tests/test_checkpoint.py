@@ -12,7 +12,7 @@ import torch
 from mtl import checkpoint, tree
 from mtl.checkpoint import geometry
 from mtl.checkpoint.arrays import DTYPES
-from tests.cases.checkpoint import values
+from tests.cases.checkpoint import layouts_of, values
 from tests.ranks import Ranks
 from tests.small import MESHES
 
@@ -113,14 +113,27 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_any_layout_restores_what_any_other_saved(ranks: Ranks, tmp_path: Path) -> None:
-    saved = {"single": 1, "fsdp_tensor": 8, "zero1": 8, "hsdp": 4, "tensor": 4}
+    saved = {"single": 1, "fsdp_tensor": 8, "zero1": 8, "hsdp": 4, "tensor": 4, "pipe:fsdp_tensor": 8, "pipe:single": 2}
     paths = []
     for table, world in saved.items():
-        paths.append(str(tmp_path / f"{table}{world}"))
+        paths.append(str(tmp_path / f"{table.replace(':', '_')}{world}"))
         ranks.run(CASE + "save", world, table=table, world=world, path=paths[-1])
     for world in (1, 2, 4, 8):
         layouts = [[table, world] for table in ("single", "ddp", "fsdp", "fsdp_tensor", "tensor") if world in MESHES[table]]
+        layouts += [["pipe:single", world]] if world > 1 else []
         assert ranks.run(CASE + "matrix", world, paths=paths, layouts=layouts) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saver", [1, 2, 4, 8])
+def test_every_layout_restores_what_every_other_saved(saver: int, ranks: Ranks, tmp_path: Path) -> None:
+    """All tables at all numbers of processes, with pipelines, both ways."""
+    paths = []
+    for table, world in layouts_of(saver):
+        paths.append(str(tmp_path / f"{table.replace(':', '_')}{world}"))
+        ranks.run(CASE + "save", world, table=table, world=world, path=paths[-1])
+    for world in (1, 2, 4, 8):
+        assert ranks.run(CASE + "matrix", world, paths=paths, layouts=layouts_of(world)) == []
 
 
 @pytest.mark.parametrize(("first", "second"), [((2, 2), (1, 1)), ((2, 2), (4, 1)), ((1, 3), (2, 2)), ((4, 2), (2, 3)), ((1, 1), (2, 4))])

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or damaged goes on, and its metrics are bitwise those of a run that never stopped."""
 
+import itertools
 import json
 import random
 import signal
@@ -118,6 +119,35 @@ def test_another_mesh_goes_on_with_the_same_numbers(forks: Forks, tmp_path: Path
             assert forks.wait(run) == [0] * ranks, run.text()
     for got, want in zip(metrics(out), metrics(tmp_path / "straight"), strict=True):
         assert all(abs(got[k] - want[k]) <= 1e-9 * abs(want[k]) for k in want), (got, want)
+
+
+def test_minutes_between_saves_are_kept_on_all_processes(forks: Forks, tmp_path: Path) -> None:
+    """About every third of a second: some steps are saved and not all, by both processes alike."""
+    out = tmp_path / "run"
+    timed = ["--checkpoint.every-minutes", "0.005", "--train.steps", "60", "--train.eval-every", "0", "--checkpoint.no-final"]
+    run = forks.start([*TINY, *MESHES[2], *timed, "--out", str(out)], 2)
+    assert forks.wait(run) == [0, 0], run.text()
+    steps = Store(out / "checkpoints").steps()
+    assert 1 <= len(steps) < 50, steps
+    stamps = [(out / f"checkpoints/{step}/state/_mtl.json").stat().st_mtime for step in steps]
+    assert all(b - a > 0.2 for a, b in itertools.pairwise(stamps)), stamps
+
+
+def test_a_checkpoint_is_verified_before_resuming_if_told(forks: Forks, tmp_path: Path) -> None:
+    """With `--checkpoint.verify` the whole checkpoint is read first, and every damaged place is named before anything is restored."""
+    out = tmp_path / "run"
+    first = forks.start([*TINY, "--checkpoint.every", "4", "--out", str(out)])
+    assert forks.wait(first) == [0], first.text()
+    file = next(p for p in (out / "checkpoints/8/state/params.embed.weight/c").rglob("*") if p.is_file())
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 8
+    file.write_bytes(data)
+    again = forks.start([*TINY, "--resume", "auto", "--checkpoint.verify", "--out", str(out)])
+    assert forks.wait(again) == [0], again.text()
+    assert (
+        "step 8 is damaged" in again.text() and "damaged in 1 places: array 'params.embed.weight' (params.embed.weight/c/" in again.text()
+    )
+    assert "resumed after step 4" in again.text()
 
 
 def killed(forks: Forks, straight: Any, tmp_path: Path, seed: int, ranks: int, one: bool) -> None:

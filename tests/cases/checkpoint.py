@@ -16,16 +16,32 @@ from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.params import decayed
 from mtl.precision import PRECISIONS
-from mtl.sharding.mesh import make_mesh
+from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.train.state import init_state
 from tests.small import MESHES, MODELS
+
+PIPES = {
+    "single": {n: MeshShape(pipe=n) for n in (2, 4, 8)},
+    "fsdp": {4: MeshShape(pipe=2, fsdp=2), 8: MeshShape(pipe=4, fsdp=2)},
+    "hsdp": {8: MeshShape(pipe=2, replica=2, fsdp=2)},
+    "fsdp_tensor": {8: MeshShape(pipe=2, fsdp=2, tensor=2)},
+    "fsdp_context_tensor": {8: MeshShape(pipe=2, context=2, tensor=2)},
+}
+"""Meshes with a pipeline, by table and number of processes; named ``pipe:TABLE``."""
+
+
+def layouts_of(world: int) -> list[list[Any]]:
+    """Every layout of so many processes."""
+    plain = [[table, world] for table, meshes in MESHES.items() if world in meshes]
+    return plain + [[f"pipe:{table}", world] for table, meshes in PIPES.items() if world in meshes]
 
 
 def train_state(table: str, world: int, model: str = "llama_tied", seed: int = 5, precision: str = "fp32") -> Any:
     """A fresh state whose optimizer state is no longer zero."""
+    table, meshes = (table.removeprefix("pipe:"), PIPES) if table.startswith("pipe:") else (table, MESHES)
     config, rules = MODELS[model], sharding_rules.load(table)
     specs = decoder.specs(config)
-    state = init_state(specs, rules, make_mesh(MESHES[table][world], "cpu"), seed, PRECISIONS[precision], adamw(decayed(specs)))
+    state = init_state(specs, rules, make_mesh(meshes[table][world], "cpu"), seed, PRECISIONS[precision], adamw(decayed(specs)))
     for i, leaf in enumerate(tree.leaves(state.opt_state)):
         local = leaf.to_local()
         local.add_(i + 1)
