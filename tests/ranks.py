@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 JOINS = 3
 THREADS = 60
 """A compiled case leaves its groups behind, whose threads spin once their peers are gone: with more than these the pool is made anew."""
+PATIENCE = 20
+"""Seconds that other ranks have to answer once one reported an error: they may wait for it without end."""
 LOST = "Gloo connectFullMesh failed"
 
 
@@ -39,8 +42,9 @@ class Ranks:
         listener.settimeout(120)
         found = {}
         for _ in range(WORLD):
-            stream = listener.accept()[0].makefile("rw")
-            found[int(stream.readline())] = stream
+            connection = listener.accept()[0]
+            stream = connection.makefile("rw")
+            found[int(stream.readline())] = (connection, stream)
         self.streams = [found[i] for i in range(WORLD)]
 
     def run(self, case: str, world: int, /, **arguments: Any) -> Any:
@@ -60,10 +64,18 @@ class Ranks:
     def _ask(self, case: str, world: int, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         self.count += 1
         order = json.dumps({"case": case, "world": world, "store": f"{self.folder.name}/store{self.count}", "arguments": arguments})
-        for stream in self.streams[:world]:
+        for _, stream in self.streams[:world]:
             stream.write(order + "\n")
             stream.flush()
-        return [json.loads(stream.readline() or '{"error": "the rank died"}') for stream in self.streams[:world]]
+        answers: list[dict[str, Any]] = [{"error": "no answer after another rank's error"} for _ in range(world)]
+        waiting = {connection: i for i, (connection, _) in enumerate(self.streams[:world])}
+        patience = None
+        while waiting and (ready := select.select(list(waiting), [], [], patience)[0]):
+            for rank in [waiting.pop(connection) for connection in ready]:
+                answer = json.loads(self.streams[rank][1].readline() or '{"error": "the rank died"}')
+                answers[rank] = answer
+                patience = PATIENCE if "error" in answer else patience
+        return answers
 
     def close(self) -> None:
         """End all ranks."""

@@ -36,6 +36,7 @@ class Case:
 ONE: tuple[Case, ...] = (
     Case("gpt2_124m", micro=16, seq=1024),
     Case("llama3_8b", 4, micro=2, seq=8192),
+    Case("llama3_8b", 4, micro=2, seq=8192, precision="fp8"),
     Case("llama_1b", 8, micro=4, seq=2048, remat="selective"),
     Case("llama3_8b", 4, micro=4, seq=8192, remat="full"),
     Case("gpt2_124m", micro=32, seq=1024, remat="full"),
@@ -62,6 +63,7 @@ FOUR: tuple[Case, ...] = (
     Case("llama3_8b", 4, MeshShape(tensor=4), "tensor", 2, 8192),
     Case("llama3_8b", 4, MeshShape(fsdp=2, tensor=2), "fsdp_tensor", 2, 8192),
     Case("llama3_8b", 4, MeshShape(fsdp=4), "fsdp", 4, 8192, "full"),
+    Case("llama3_8b", 4, MeshShape(fsdp=4), "fsdp", 2, 8192, precision="fp8"),
     Case("llama3_8b", 4, MeshShape(context=4), "context", 2, 8192),
     Case("llama_1b", 8, MeshShape(replica=4), "ddp", 4, 2048),
     Case("llama3_8b", 4, MeshShape(replica=4), "zero1", 1, 8192, "selective"),

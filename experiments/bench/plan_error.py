@@ -139,7 +139,7 @@ def run(case: Case, at: process.Place, asked: Measure) -> dict[str, Any]:
     """Take some steps: the peak of the whole and of the steps after the second, the median time after the warm-up."""
     setup, rules, precision = setup_of(case), sharding_rules.load(case.rules), PRECISIONS[case.precision]
     mesh, total = make_mesh(case.mesh, at.device.type), setup.train.global_batch_size
-    par = Parallel(mesh, rules, pretrain.sizes(setup, rules, case.mesh), precision.reduce)
+    par = Parallel(mesh, rules, pretrain.sizes(setup, rules, case.mesh), precision.reduce, fp8=precision.fp8)
     specs = decoder.specs(setup.model)
     optimizer = adamw(params.decayed(specs))
     rate, pipeline = schedule("constant", 3e-4, 1000, 5), pipelining.plan(setup, case.mesh)
