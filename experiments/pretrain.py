@@ -133,6 +133,12 @@ def by_engine(setup: Experiment, at: process.Place) -> bool:
     )
 
 
+def parallel(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place) -> Parallel:
+    """Make the mesh and all that a step must know of it."""
+    mesh, whole = make_mesh(shape, at.device.type), sizes(setup, rules, shape)
+    return Parallel(mesh, rules, whole, precision.reduce, engine=by_engine(setup, at), fp8=precision.fp8)
+
+
 def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:
     """Give the size of every logical axis of this run; the batch counts a micro-batch over all devices."""
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
@@ -210,16 +216,14 @@ def run(
 ) -> Any:  # fmt: skip
     """Train and give the final state. ``steps`` are those whose checkpoints the folder holds."""
     model, train = setup.model, setup.train
-    mesh = make_mesh(shape, at.device.type)
-    engine = by_engine(setup, at)
-    par = Parallel(mesh, rules, sizes(setup, rules, shape), precision.reduce, engine=engine, fp8=precision.fp8)
+    par = parallel(setup, rules, shape, precision, at)
     optimizer, rate = make_optimizer(setup)
     fresh = partial(init_state, seed=train.seed)
     tuned = tuning(setup.lora, model, par, precision, work.begin or fresh)
     specs = tuned.model.specs(model)
     pipeline = pipelining.plan(setup, shape)
     choices = resolved(rules, shape, precision) | {
-        "transport": "engine" if engine else "collectives",
+        "transport": "engine" if par.engine else "collectives",
         "pipeline": pipelining.described(setup, pipeline),
     }
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, "decides": dict(work.decides), **provenance()}
@@ -231,8 +235,8 @@ def run(
     plan = foretold.foretell(setup, rules, shape, par.sizes, options, at.device, at.rank == 0, lambda: packed(work, setup))
     state = keeper.begin(
         steps, setup.resume,
-        lambda: abstract_state(specs, rules, mesh, precision, optimizer),
-        lambda: tuned.begin(fresh, work.begin)(specs=specs, rules=rules, mesh=mesh, precision=precision, optimizer=optimizer),
+        lambda: abstract_state(specs, rules, par.mesh, precision, optimizer),
+        lambda: tuned.begin(fresh, work.begin)(specs=specs, rules=rules, mesh=par.mesh, precision=precision, optimizer=optimizer),
     )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
     log = RunLog(folder, at.rank == 0, train.steps, wandb and wandb | {"id": keeper.run_id, "resume": "allow"}, keeper.first)

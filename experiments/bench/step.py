@@ -31,8 +31,6 @@ from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.runtime import process
 from mtl.runtime.profile import Profiler
-from mtl.sharding.mesh import make_mesh
-from mtl.sharding.parallel import Parallel
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
 from mtl.train.state import init_state
 from mtl.train.step import make_step
@@ -57,8 +55,8 @@ class Bench:
     """The type in which gradients are summed over devices."""
     overlap: bool = True
     """Start gathers ahead of use, where several GPUs talk."""
-    engine: bool = False
-    """Move weights and gradients by copy engines instead of NCCL."""
+    transport: Literal["auto", "nccl", "engine"] = "auto"
+    """What moves weights and gradients, as pretrain.py takes it."""
     optimizer: Literal["plain", "fused"] = "plain"
     attention: str = "auto"
     steps: int = 13
@@ -113,7 +111,8 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         raise unknown("preset", bench.preset, PRESETS)
     preset = PRESETS[bench.preset]
     model = dataclasses.replace(preset.model, layers=bench.layers or preset.model.layers, attention_impl=bench.attention)
-    setup = dataclasses.replace(preset, model=model, mesh=bench.mesh, rules=bench.rules, precision=bench.precision, remat=bench.remat)
+    setup = dataclasses.replace(preset, model=model, mesh=bench.mesh, rules=bench.rules, remat=bench.remat)
+    setup = dataclasses.replace(setup, precision=bench.precision, transport=bench.transport)
     rules, shape = pretrain.choose_layout(setup, at.world)
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     total = rows * bench.micro_batch_size * bench.accumulate
@@ -128,14 +127,13 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         setup, said = remat_choice.settled(setup, rules, shape, pretrain.sizes(setup, rules, shape), options, at.device, lambda: False)
         for line in said if at.rank == 0 else ():
             print(line, flush=True)
-        mesh = make_mesh(shape, at.device.type)
-        par = Parallel(mesh, rules, pretrain.sizes(setup, rules, shape), precision.reduce, engine=bench.engine, fp8=precision.fp8)
+        par = pretrain.parallel(setup, rules, shape, precision, at)
         specs = decoder.specs(model)
         optimizer = adamw(params.decayed(specs), impl=bench.optimizer)
         rate = schedule("constant", bench.lr, 1000, 5)
         options = pretrain.make_step_options(setup, precision, at.device)
         step = make_step(decoder, model, par, optimizer, rate, dataclasses.replace(options, overlap=bench.overlap))
-        state = init_state(specs, rules, mesh, bench.seed, precision, optimizer)
+        state = init_state(specs, rules, par.mesh, bench.seed, precision, optimizer)
         samples = (
             Windows(python_text()[0], bench.seed, "train")
             if bench.text
@@ -163,11 +161,17 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
     seconds = statistics.median(times[bench.warmup :])
     total = setup.train.global_batch_size * bench.seq_len
     speed = total / seconds / at.world
-    peak, specs = peak_flops(at.device), decoder.specs(setup.model)
+    peak, specs, engine = peak_flops(at.device), decoder.specs(setup.model), pretrain.by_engine(setup, at)
     flops = [flops_per_token(specs, setup.model, bench.seq_len, causal) for causal in (True, False)]
     mfu = [None if peak is None else round(speed * f / peak, 4) for f in flops]
     spread = [round(f(times[bench.warmup :]) * 1e3, 1) for f in (min, max)]
-    found: dict[str, Any] = {**dataclasses.asdict(bench), "chosen": chosen, "devices": at.world, "layers": setup.model.layers}
+    found: dict[str, Any] = {
+        **dataclasses.asdict(bench),
+        "chosen": chosen,
+        "engine": engine,
+        "devices": at.world,
+        "layers": setup.model.layers,
+    }
     found |= {"tokens_per_second_per_device": round(speed, 1), "step_ms": round(seconds * 1e3, 1), "step_ms_min_max": spread}
     found |= {"first_step_s": round(times[0], 1), "mfu": mfu[0], "mfu_full_attention": mfu[1], "losses": losses}
     found |= {"peak_memory_gib": round(peak_memory_gib(at.device), 2), "date": time.strftime("%Y-%m-%d"), **provenance()}
@@ -175,7 +179,7 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
         share = "" if mfu[0] is None else f"  causal MFU {mfu[0]:.1%}"
         print(
             f"{bench.preset} x{setup.model.layers} {chosen} seq {bench.seq_len} x {bench.micro_batch_size} {bench.precision} "
-            f"compile {bench.compile} remat {bench.remat} {'engine' if bench.engine else 'nccl'} reduce {bench.reduce}: "
+            f"compile {bench.compile} remat {bench.remat} {'engine' if engine else 'nccl'} reduce {bench.reduce}: "
             f"first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  "
             f"{speed:,.0f} tokens/s/device{share}  peak {found['peak_memory_gib']} GiB  loss {losses[0]:.4f} -> {losses[-1]:.4f}",
             flush=True,

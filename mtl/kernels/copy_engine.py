@@ -19,6 +19,8 @@ from torch import Tensor
 
 GATHERS, SUMS = 4, 3
 """How many gathers and sums may be under way at once."""
+LARGE = {"gather": 1 << 27, "sum": 1 << 29}
+"""Transfers of more bytes (vocabularies) go one at a time: several slots of their size would cost gigabytes."""
 PAGE = 4096
 
 _symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
@@ -61,7 +63,7 @@ class _Channel:
         return [(self.handle.rank + step) % size for step in range(1, size)]
 
 
-_CHANNELS: dict[tuple[str, str], _Channel] = {}
+_CHANNELS: dict[tuple[str, str, bool], _Channel] = {}
 _SENT: dict[int, tuple[_Channel, int]] = {}
 _LANDED: dict[int, Tensor] = {}
 _TICKETS = itertools.count()
@@ -186,17 +188,24 @@ for _name, _gpu, _cpu, _shape in (
 
 def _channel(kind: str, group: str, size: int) -> _Channel:
     """Give the channel of a group, with slots of at least ``size`` bytes: every member asks in the same order, so all grow it together."""
-    known = _CHANNELS.get((kind, group))
+    large = size > LARGE[kind]
+    known = _CHANNELS.get((kind, group, large))
     if known is None or known.bytes < size:
-        _CHANNELS[kind, group] = known = _open(kind, group, size, None if known is None else known.stream)
+        slots = 1 if large else {"gather": GATHERS, "sum": SUMS}[kind]
+        _CHANNELS[kind, group, large] = known = _open(slots, group, size, None if known is None else known.stream)
     return known
 
 
-def _open(kind: str, group: str, size: int, stream: torch.cuda.Stream | None) -> _Channel:
+def held() -> int:
+    """Count the bytes of all slots of this process, which torch's allocator does not know of."""
+    return sum(channel.memory.nbytes for channel in _CHANNELS.values())
+
+
+def _open(slots: int, group: str, size: int, stream: torch.cuda.Stream | None) -> _Channel:
     torch.cuda.synchronize()
     members: Any = _c10d._resolve_process_group(group)
     dist.barrier(members)  # no member still uses the old memory
-    slots, size = {"gather": GATHERS, "sum": SUMS}[kind], -(-size // PAGE) * PAGE
+    size = -(-size // PAGE) * PAGE
     memory = _symmetric.empty(slots * size + 2 * PAGE, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
     memory[slots * size :].zero_()
     handle = _symmetric.rendezvous(memory, group)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mtl import tree
+from mtl.kernels import copy_engine
 
 PEAKS: Mapping[str, float] = MappingProxyType(
     {
@@ -53,7 +54,7 @@ def peak_flops(device: torch.device) -> float | None:
 def peak_memory_gib(device: torch.device) -> float:
     """Give the most memory that was in use: of the device, or of this process where the device is the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return (torch.cuda.max_memory_allocated(device) + copy_engine.held()) / 2**30
     if device.type == "xpu":
         return torch.xpu.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
