@@ -222,10 +222,7 @@ def run(
     tuned = tuning(setup.lora, model, par, precision, work.begin or fresh)
     specs = tuned.model.specs(model)
     pipeline = pipelining.plan(setup, shape)
-    choices = resolved(rules, shape, precision) | {
-        "transport": "engine" if par.engine else "collectives",
-        "pipeline": pipelining.described(setup, pipeline),
-    }
+    choices = resolved(par, shape, precision) | {"pipeline": pipelining.described(setup, pipeline)}
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, "decides": dict(work.decides), **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
@@ -279,10 +276,12 @@ def packed(work: Work, setup: Experiment) -> bool:
     return work.train(0, setup.train.seq_len).segments is not None
 
 
-def resolved(rules: Rules, shape: MeshShape, precision: Precision) -> dict[str, Any]:
+def resolved(par: Parallel, shape: MeshShape, precision: Precision) -> dict[str, Any]:
     """Say what the automatic choices came to."""
+    rules = par.rules
     tables = {name: dict(getattr(rules, name)) for name in ("store", "compute", "act")}
-    return {"rules": rules.name, **tables, "gather": rules.gather, "order": rules.order, "mesh": shape.sizes(), "precision": precision.name}
+    how = {"gather": rules.gather, "order": rules.order, "transport": "engine" if par.engine else "collectives"}
+    return {"rules": rules.name, **tables, **how, "mesh": shape.sizes(), "precision": precision.name}
 
 
 def work_length(work: Work, par: Parallel, seq_len: int) -> Callable[[int], int]:
