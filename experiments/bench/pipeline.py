@@ -48,6 +48,8 @@ class Bench:
     schedules: tuple[str, ...] = ("1f1b", "interleaved", "zb_h1", "zb_v")
     microbatches: tuple[int, ...] = (8, 16, 32)
     precision: Literal["fp64", "fp32", "bf16"] = "bf16"
+    transport: Literal["auto", "nccl"] = "auto"
+    """How messages (and FSDP's weights) travel: auto takes the copy engines of one host's GPUs."""
     compile: Literal["none", "block", "step"] = "block"
     """How stages are compiled; FSDP is compiled as one step unless this is none."""
     remat: str = "none"
@@ -89,7 +91,8 @@ def timed(bench: Bench, name: str | None, at: process.Place, base: dict[int, flo
     setup = pretrain.with_micro_batch(setup, rules, shape)
     precision = pretrain.choose_precision(setup, at.device)
     pretrain.check(setup, rules, shape, precision, at.device)
-    par = Parallel(make_mesh(shape, at.device.type), rules, pretrain.sizes(setup, rules, shape), precision.reduce)
+    engine = bench.transport == "auto" and process.copy_engines(at)
+    par = Parallel(make_mesh(shape, at.device.type), rules, pretrain.sizes(setup, rules, shape), precision.reduce, engine=engine)
     specs, pipeline = decoder.specs(setup.model), pipelining.plan(setup, shape)
     optimizer, rate = adamw(params.decayed(specs)), schedule("constant", 3e-4, 1000, 5)
     options = pretrain.make_step_options(setup, precision, at.device)

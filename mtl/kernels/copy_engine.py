@@ -6,8 +6,6 @@ and summed there. Who may read or write when is told by counters that streams th
 reduce-scatter in a wider type: parts travel as they are and are added in ``dtype``. On a CPU the same operations are made of gloo's.
 """
 
-import ctypes
-import functools
 import importlib
 import itertools
 from dataclasses import dataclass
@@ -16,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mtl.kernels import counters
 
 GATHERS, SUMS = 4, 3
 """How many gathers and sums may be under way at once."""
@@ -50,12 +50,12 @@ class _Channel:
     def tell(self, stream: torch.cuda.Stream, member: int, row: int, value: int) -> None:
         """Let the stream set, in a member's memory, this one's counter of a row."""
         address = self.handle.buffer_ptrs[member] + self.slots * self.bytes + PAGE * row + 4 * self.handle.rank
-        _check(_driver().cuStreamWriteValue32_v2(ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(value), 0))
+        counters.write(stream, address, value)
 
     def await_(self, stream: torch.cuda.Stream, member: int, row: int, value: int) -> None:
         """Let the stream wait until a member's counter of a row, in this one's memory, is at least ``value``."""
         address = self.handle.buffer_ptrs[self.handle.rank] + self.slots * self.bytes + PAGE * row + 4 * member
-        _check(_driver().cuStreamWaitValue32_v2(ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(value), 0))
+        counters.wait(stream, address, value)
 
     def others(self) -> list[int]:
         """List the other members, each one starting with the next, so that no two ask the same one at once."""
@@ -214,13 +214,3 @@ def _open(slots: int, group: str, size: int, stream: torch.cuda.Stream | None) -
     torch.cuda.synchronize()
     events = [torch.cuda.Event() for _ in range(slots)]
     return _Channel(slots, size, memory, handle, stream or torch.cuda.Stream(priority=-1), events)
-
-
-@functools.cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")
-
-
-def _check(code: int) -> None:
-    if code:
-        raise RuntimeError(f"the CUDA driver refused a stream's write or wait, with code {code}")

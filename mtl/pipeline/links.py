@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtl.errors import PeerLost
+from mtl.kernels.mailbox import Mailbox, mailbox
+from mtl.pipeline.mail import Mail
 from mtl.pipeline.table import Action, Table, after
 from mtl.sharding.mesh import Mesh
 
@@ -32,16 +34,21 @@ Channel = tuple[int, int]
 class Links:
     """The channels of this device's pipeline. On the CPU they share the pipeline's group and messages have tags."""
 
-    def __init__(self, mesh: Mesh, place: Mapping[int, int]) -> None:
-        """Make the channels between stages that follow each other; every process must call this."""
+    def __init__(self, mesh: Mesh, place: Mapping[int, int], engine: bool = False) -> None:
+        """Make the channels between stages that follow each other; every process must call this. With ``engine`` GPUs copy messages."""
         self.device = mesh.coordinates["pipe"]
         self._groups: dict[Channel, Any] = {}
-        self._tagged = mesh.device_type in TAGGED
+        self.tagged = mesh.device_type in TAGGED
         self._free: dict[Any, list[Tensor]] = {}
+        self._box: Mailbox | None = None
         pairs = {(place[s], place[s + 1]) for s in range(len(place) - 1)}
         channels = sorted(c for a, b in pairs if a != b for c in ((a, b), (b, a)))
-        if self._tagged:
+        if self.tagged:
             self._groups = dict.fromkeys(channels, mesh.device_mesh.get_group("pipe") if channels else None)
+            return
+        if engine:
+            group = mesh.device_mesh.get_group("pipe").group_name
+            self._box = mailbox(group, tuple(tuple(a for a, b in channels if b == d) for d in range(mesh.shape.pipe)))
             return
         names, ranks = list(mesh.device_mesh.mesh_dim_names or ()), mesh.device_mesh.mesh
         lines = ranks.movedim(names.index("pipe"), -1).reshape(-1, mesh.shape.pipe).tolist() if channels else []
@@ -50,10 +57,16 @@ class Links:
                 group = dist.new_group([line[channel[0]], line[channel[1]]])
                 if dist.get_rank() in line and self.device in channel:
                     self._groups[channel] = group
+        self._connect(mesh.device_type)
 
-    def open(self, table: Table, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Traffic":
+    def _connect(self, device_type: str) -> None:
+        """Send a word on every channel, in one order everywhere: the first message of a group holds up both processes until they meet."""
+        for channel in self._groups:
+            self.post(channel, torch.zeros(1, device=device_type), 0).wait()
+
+    def open(self, table: Table, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> "Traffic | Mail":
         """Start a step's messages, all of one shape."""
-        return Traffic(self, table, shape, dtype, device)
+        return Traffic(self, table, shape, dtype, device) if self._box is None else Mail(self._box, table, self.device, shape, dtype)
 
     def take_buffer(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Take a buffer that is free, or a new one."""
@@ -68,7 +81,7 @@ class Links:
         """Start to send ``x`` on a channel out, or to receive into it on a channel in."""
         group, out = self._groups[channel], channel[0] == self.device
         other = channel[1] if out else channel[0]
-        if not self._tagged:
+        if not self.tagged:
             other, tag = sorted(channel).index(other), 0
         call = dist.isend if out else dist.irecv
         return call(x, group=group, tag=tag, **({"group_dst": other} if out else {"group_src": other}))
@@ -80,15 +93,10 @@ class Traffic:
     def __init__(self, links: Links, table: Table, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         """Post the first receives."""
         self._links, self._table, self._form = links, table, (shape, dtype, device)
-        self._coming: dict[Channel, deque[Action]] = {}
         self._posted: dict[Action, tuple[Any, Tensor]] = {}
         self._sent: list[tuple[Any, Tensor, Action]] = []
         self._after, self._launched = after(table, links.device), 0
-        for source, row in enumerate(table.rows):
-            for action in row:
-                goal = self.goal(action)
-                if goal is not None and table.place[goal.stage] == links.device != source:
-                    self._coming.setdefault((source, links.device), deque()).append(goal)
+        self._coming = {channel: deque(goals) for channel, goals in table.messages().items() if channel[1] == links.device}
         self.launched(0)
 
     def launched(self, actions: int) -> None:
@@ -96,13 +104,6 @@ class Traffic:
         self._launched = actions
         for channel in self._coming:
             self._top_up(channel)
-
-    def goal(self, action: Action) -> Action | None:
-        """Give the action that the result of ``action`` goes to."""
-        stage, kind, micro = action
-        if kind == "F":
-            return Action(stage + 1, "F", micro) if stage + 1 < self._table.stages else None
-        return Action(stage - 1, "B", micro) if kind == "B" and stage else None
 
     def send(self, x: Tensor, goal: Action) -> None:
         """Send a result on its way."""

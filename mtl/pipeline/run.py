@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from mtl.pipeline.links import Traffic
 from mtl.pipeline.table import Action, Table
 
 Mark = Callable[[Action, bool], None]
@@ -32,7 +32,48 @@ class Work(Protocol):
         ...
 
 
-def run(table: Table, device: int, work: Work, traffic: Traffic, mark: Mark | None = None) -> int:
+class Messages(Protocol):
+    """One step's messages between this device's stages and the others', by the actions that need them."""
+
+    def send(self, x: Tensor, goal: Action) -> None:
+        """Send a result on its way."""
+        ...
+
+    def receive(self, goal: Action) -> Tensor:
+        """Give what an action needs, once it is here."""
+        ...
+
+    def release(self, buffer: Tensor) -> None:
+        """Take back what was received, used by nobody any more."""
+        ...
+
+    def launched(self, actions: int) -> None:
+        """Hear how many of the device's actions have been launched."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until everything was sent."""
+        ...
+
+
+def warm_up(table: Table, device: int, work: Work, x: Tensor) -> None:
+    """Run each of a device's stages once on ``x``, without messages: what is compiled, loaded or tried out in a first run is done alone.
+
+    Amid messages whatever waits for the whole GPU would wait for other devices, and they for this one.
+    """
+    for stage in table.on(device):
+        _, saved = work.forward(stage, 0, x if stage else None)
+        grad = x if stage + 1 < table.stages else None
+        if any(stage == other for other, _ in table.split):
+            _, saved = work.inputs(saved, grad)
+            work.weights(saved)
+        else:
+            work.backward(saved, grad)
+    if x.device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def run(table: Table, device: int, work: Work, traffic: Messages, mark: Mark | None = None) -> int:
     """Run a device's row. Gives the most activations that were stored at once."""
     stored: dict[tuple[int, int], Any] = {}
     buffers: dict[tuple[int, int], list[Tensor]] = {}
@@ -49,7 +90,7 @@ def run(table: Table, device: int, work: Work, traffic: Traffic, mark: Mark | No
 
     def give(action: Action, x: Tensor | None) -> None:
         """Hand a result to the stage that waits for it."""
-        goal = traffic.goal(action)
+        goal = table.goal(action)
         if goal is None:
             return
         assert x is not None

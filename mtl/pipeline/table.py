@@ -72,6 +72,23 @@ class Table:
             return Action(stage + 1, "B", micro) if stage + 1 < self.stages else Action(stage, "F", micro)
         return Action(stage, "B", micro)
 
+    def goal(self, action: Action) -> Action | None:
+        """Give the action of another stage that the result of this one goes to: what `needs` is to it."""
+        stage, kind, micro = action
+        if kind == "F":
+            return Action(stage + 1, "F", micro) if stage + 1 < self.stages else None
+        return Action(stage - 1, "B", micro) if kind == "B" and stage else None
+
+    def messages(self) -> dict[tuple[int, int], list[Action]]:
+        """List what each device sends to each other one, by the actions that it goes to, in the order in which it is made."""
+        found: dict[tuple[int, int], list[Action]] = {}
+        for source, row in enumerate(self.rows):
+            for action in row:
+                goal = self.goal(action)
+                if goal is not None and self.place[goal.stage] != source:
+                    found.setdefault((source, self.place[goal.stage]), []).append(goal)
+        return found
+
     def frees(self, action: Action) -> bool:
         """Tell whether an action is the last to need what its stage stored of its micro-batch."""
         return action.kind == ("W" if (action.stage, action.micro) in self.split else "B")

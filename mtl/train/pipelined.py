@@ -16,7 +16,7 @@ from mtl.optim.transforms import Optimizer
 from mtl.params import decayed
 from mtl.pipeline.exchange import Move, plan, stage_parallel
 from mtl.pipeline.links import Links
-from mtl.pipeline.run import run
+from mtl.pipeline.run import run, warm_up
 from mtl.pipeline.schedules import forwards
 from mtl.pipeline.simulate import Span
 from mtl.pipeline.stage import Form, Forward, Functions, Pieces, Training, micro_batch, trace_pieces
@@ -179,6 +179,7 @@ class PipelinedStep:
         self.compile, self.watched, self.stored = compile, False, 0
         self.watch: Watch | None = None
         self.table: Table | None = None
+        self._warm = set[tuple[int, str]]()
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         """Take a step, in place."""
@@ -198,6 +199,11 @@ class PipelinedStep:
         self.table = table = staging.pipeline.table(batch["tokens"].shape[0])
         weights = staging.to_stages(params)
         layers, own, reduce = staging.pipeline.layers, staging.own, staging.par.reduce
+        if not self.links.tagged and (id(pieces), table.name) not in self._warm:
+            self._warm.add((id(pieces), table.name))
+            shape, dtype = pieces.embed.shape
+            work = Training(self.functions, pieces, layers, own, weights, batch, scale, reduce)
+            warm_up(table, staging.device, work, torch.zeros(shape, dtype=dtype, device=scale.device))
         work = Training(self.functions, pieces, layers, own, weights, batch, scale, reduce)
         self.watch = Watch(scale.device) if self.watched else None
         traffic = self.links.open(table, *pieces.embed.shape, scale.device)
@@ -215,7 +221,7 @@ def make_pipelined_step(
     finish = make_update(plain, staging.letters, optimizer, schedule, options)
     update = compile_update(finish, optimizer, options)
     compile = None if options.compile == "none" else lambda fn: compiled(fn, options.backend, options=settings)
-    return PipelinedStep(staging, Links(par.mesh, pipeline.place), update, options, compile)
+    return PipelinedStep(staging, Links(par.mesh, pipeline.place, par.engine), update, options, compile)
 
 
 def make_pipelined_evaluate(
@@ -250,7 +256,7 @@ class _Passing:
     def __init__(self, model: Model, config: Any, par: Parallel, precision: Precision, pipeline: Pipeline) -> None:
         self.staging = Staging(model, config, par, precision, pipeline)
         self.functions = self.staging.functions(Remat("none"))
-        self.links = Links(par.mesh, pipeline.place)
+        self.links = Links(par.mesh, pipeline.place, par.engine)
 
     def stage(self, params: Any, batch: Batch) -> Any:
         """Give the stages their parameters; the batch says shapes alone."""
