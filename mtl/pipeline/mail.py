@@ -54,20 +54,24 @@ def _passes(table: Table, room: int) -> bool:
     """Run a table on paper, with ``room`` messages a channel on their way at most."""
     messages = table.messages()
     number = {goal: (channel, i) for channel, goals in messages.items() for i, goal in enumerate(goals)}
-    taken = dict.fromkeys(messages, 0)
+    sent, taken = dict.fromkeys(messages, 0), dict.fromkeys(messages, 0)
     done, at, moved = set[Action](), [0] * table.devices, True
     while moved:
         moved = False
         for d, row in enumerate(table.rows):
             while at[d] < len(row):
-                action, need, goal = row[at[d]], table.needs(row[at[d]]), table.goal(row[at[d]])
-                if action in number and need in done:  # a message is taken out as soon as its action's turn has come
+                action, goal = row[at[d]], table.goal(row[at[d]])
+                if action in number:  # what was sent earlier is taken out while this is waited for
                     channel, i = number[action]
-                    taken[channel] = max(taken[channel], i + 1)
-                if need is not None and need not in done:
+                    moved = moved or taken[channel] < min(i + 1, sent[channel])
+                    taken[channel] = max(taken[channel], min(i + 1, sent[channel]))
+                if (need := table.needs(action)) is not None and need not in done:
                     break
-                if goal is not None and goal in number and number[goal][1] >= taken[number[goal][0]] + room:
-                    break
+                if goal is not None and goal in number:
+                    channel, i = number[goal]
+                    if i >= taken[channel] + room:
+                        break
+                    sent[channel] = i + 1
                 done.add(action)
                 at[d], moved = at[d] + 1, True
     return all(at[d] == len(row) for d, row in enumerate(table.rows))
