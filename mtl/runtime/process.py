@@ -10,11 +10,13 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mtl.errors import LocalError, PeerLost, UserError
+from mtl.runtime import neighbours
 
 _LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport|remote process exited|ncclRemoteError|NCCL communicator was aborted")
 BACKENDS = {"cuda": "nccl", "xpu": "xccl", "cpu": "gloo", "mps": "gloo"}
@@ -85,13 +87,15 @@ def process_group(at: Place) -> Generator[None]:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bind)  # pyright: ignore
     else:
         dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=bind)
+    over = neighbours.watch(_store().clone(), at.rank, at.world, _left_alone) if at.world > 1 else None
     try:
         yield
     except BaseException:
         if at.world == 1:
             dist.destroy_process_group()
         raise  # among others, tearing down could wait for ranks that wait for this one
-    if at.world > 1:
+    if over is not None:
+        over.set()
         dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
 
@@ -104,7 +108,7 @@ def on_first_rank(check: Callable[[], str]) -> str:
             answer = [("ok", check())]
         except UserError as error:
             answer = [("error", str(error))]
-    store: dist.Store = dist.distributed_c10d._get_default_store()  # pyright: ignore
+    store = _store()
     if dist.get_world_size() > 1:
         name = f"mtl/{check.__module__}.{check.__qualname__}"
         if dist.get_rank() == 0:
@@ -157,11 +161,21 @@ def lost_peer(error: BaseException) -> bool:
     return isinstance(error, PeerLost | dist.DistNetworkError) or (isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None)
 
 
-def _first_to_speak() -> bool:
+def _left_alone(rank: int, store: Any) -> None:
+    """End where another process of this host is gone, whatever this one waits for, and be it for the store."""
+    if _first_to_speak(store):
+        print(f"\nerror: process {rank} of the run is gone. All processes end; what the run has saved stays.", file=sys.stderr, flush=True)
+    _leave(1)
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # pyright: ignore
+
+
+def _first_to_speak(store: Any = None) -> bool:
     """Ask the store whether no process of this run has printed an error yet; without an answer, yes."""
     try:
-        store: dist.Store = dist.distributed_c10d._get_default_store()  # pyright: ignore
-        return store.add("mtl/errors", 1) == 1
+        return (store or _store()).add("mtl/errors", 1) == 1
     except (RuntimeError, ValueError):
         return True
 
