@@ -1,7 +1,8 @@
 """Time pipeline schedules against FSDP on the same devices: `torchrun --nproc-per-node 4 experiments/bench/pipeline.py --preset llama3_8b`.
 
-FSDP over all devices, then each schedule over a pipeline of all of them, with every number of micro-batches, on the same random tokens.
-Prints a line each and, with --out, writes one JSON object a line and pictures of the last step's times under the simulation.
+Each schedule over a pipeline of all devices, then FSDP over all of them, with every number of micro-batches, on the same random tokens.
+Prints a line each, and at the end each schedule's share of what FSDP and the simulated bubble promise. With --out it writes one JSON
+object a line, and pictures of the last step's times under the simulation.
 """
 
 import dataclasses
@@ -53,6 +54,8 @@ class Bench:
     compile: Literal["none", "block", "step"] = "block"
     """How stages are compiled; FSDP is compiled as one step unless this is none."""
     remat: str = "none"
+    fsdp: bool = True
+    """Time FSDP too."""
     steps: int = 7
     warmup: int = 3
     out: Path | None = None
@@ -66,9 +69,23 @@ def main() -> None:
     if bench.out and at.rank == 0:
         bench.out.mkdir(parents=True, exist_ok=True)
     with process.process_group(at):
-        base = timed(bench, None, at, {})
-        for name in bench.schedules:
-            timed(bench, name, at, base)
+        traced: dict[Any, Any] = {}  # layers are the same functions under every schedule: compiled once
+        found = [timed(bench, name, at, traced) for name in (*bench.schedules, *((None,) if bench.fsdp else ()))]
+        if bench.fsdp and at.rank == 0:
+            compare(bench, found[:-1], {each["microbatches"]: each["speed"] for each in found[-1]})
+
+
+def compare(bench: Bench, pipelines: list[list[dict[str, Any]]], base: dict[int, float]) -> None:
+    """Print what pipelines reach of FSDP's speed less the simulated bubble."""
+    for each in (each for found in pipelines for each in found):
+        target = base[each["microbatches"]] * (1.0 - each["simulated_bubble"])
+        print(
+            f"m {each['microbatches']} {each['name']}: {each['speed']:,.0f} tokens/s/device, simulated bubble {each['simulated_bubble']:.1%}, "
+            f"{each['speed'] / base[each['microbatches']]:.1%} of FSDP, {each['speed'] / target:.1%} of FSDP x (1 - bubble)",
+            flush=True,
+        )
+        if bench.out is not None:
+            keep(bench.out, {**each, "of_target": each["speed"] / target})
 
 
 def settings(bench: Bench, name: str | None, micros: int, world: int) -> Experiment:
@@ -84,8 +101,8 @@ def settings(bench: Bench, name: str | None, micros: int, world: int) -> Experim
     )
 
 
-def timed(bench: Bench, name: str | None, at: process.Place, base: dict[int, float]) -> dict[int, float]:
-    """Time one schedule (None: FSDP) with every number of micro-batches and give its tokens a second and device."""
+def timed(bench: Bench, name: str | None, at: process.Place, traced: dict[Any, Any]) -> list[dict[str, Any]]:
+    """Time one schedule (None: FSDP) with every number of micro-batches and give what was found."""
     setup = settings(bench, name, bench.microbatches[0], at.world)
     rules, shape = pretrain.choose_layout(setup, at.world)
     setup = pretrain.with_micro_batch(setup, rules, shape)
@@ -98,20 +115,22 @@ def timed(bench: Bench, name: str | None, at: process.Place, base: dict[int, flo
     options = pretrain.make_step_options(setup, precision, at.device)
     step = pipelining.make_steps(pipeline, setup.model, par, optimizer, rate, options, pipelining.Timing(0))
     state = init_state(specs, rules, par.mesh, 0, precision, optimizer)
-    speeds: dict[int, float] = {}
+    if isinstance(step, PipelinedStep):
+        step.staging.traced = traced
+    results: list[dict[str, Any]] = []
     for micros in bench.microbatches:
         now = settings(bench, name, micros, at.world)
         batch = batch_at(par, RandomTokens(setup.model.vocab, 0, 4 * micros), 0, BatchShape(micros, 1, bench.seq_len), precision.param)
         found = run(bench, step, state, batch)
-        speeds[micros] = found["speed"] = micros * bench.seq_len / found["seconds"] / at.world
-        report(bench, pretrain.with_micro_batch(now, rules, shape), pipeline, step, found, base.get(micros), at)
+        found["speed"] = micros * bench.seq_len / found["seconds"] / at.world
+        results.append(report(bench, pretrain.with_micro_batch(now, rules, shape), pipeline, step, found, at))
     del step, state
     gc.collect()
     if at.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     dist.barrier()
-    return speeds
+    return results
 
 
 def run(bench: Bench, step: Any, state: Any, batch: Any) -> dict[str, Any]:
@@ -128,32 +147,44 @@ def run(bench: Bench, step: Any, state: Any, batch: Any) -> dict[str, Any]:
     return {"seconds": statistics.median(times[bench.warmup : -1]), "first": times[0], "losses": losses}
 
 
-def report(bench: Bench, setup: Experiment, pipeline: Any, step: Any, found: dict[str, Any], base: float | None, at: process.Place) -> None:
+def report(bench: Bench, setup: Experiment, pipeline: Any, step: Any, found: dict[str, Any], at: process.Place) -> dict[str, Any]:
     """Print a line; write the object and the picture."""
     facts = pipelining.described(setup, pipeline)
     name, micros = setup.pipeline.schedule or f"fsdp {at.world}", setup.train.global_batch_size
-    target = base * (1.0 - facts["simulated_bubble"]) if base is not None else None
     rows = pipelining.gathered(step, step.watch) if isinstance(step, PipelinedStep) and step.watch is not None else None
+    line = {**found, **facts, "name": name, "microbatches": micros, "peak_gib": peak_memory_gib(at.device)}
     if at.rank:
-        return
-    against = "" if target is None else f"  bubble {facts['simulated_bubble']:.1%}  {found['speed'] / target:.1%} of FSDP x (1 - bubble)"
+        return line
+    timelines = [] if rows is None else both(setup, pipeline, name, rows)
     print(
         f"{bench.preset} x{setup.model.layers} m {micros} {name} seq {bench.seq_len}: first {found['first']:.0f} s  step "
-        f"{found['seconds'] * 1e3:.0f} ms  {found['speed']:,.0f} tokens/s/device  peak {peak_memory_gib(at.device):.1f} GiB{against}",
+        f"{found['seconds'] * 1e3:.0f} ms  {found['speed']:,.0f} tokens/s/device  peak {line['peak_gib']:.1f} GiB"
+        + "".join(f"  bubble {what} {timeline.bubble:.1%}" for what, timeline in zip(("simulated", "measured"), timelines, strict=False)),
         flush=True,
     )
-    if bench.out is None:
-        return
-    line = {**found, **facts, "name": name, "microbatches": micros, "of_target": target and found["speed"] / target, **provenance()}
-    with (bench.out / "pipeline.jsonl").open("a") as file:
-        file.write(json.dumps(line | {"rows": rows}, default=str) + "\n")
-    if rows is not None:
-        spans = tuple(tuple(Span(d, parse_action(a, name), s, e) for a, s, e in row) for d, row in enumerate(rows))
-        head, embed = pipelining.work(setup)
-        load = [float(n) for n in facts["layers_per_stage"]]
-        load[0], load[-1] = load[0] + embed, load[-1] + head
-        simulated = simulate(pipeline.table(micros), Costs(work=tuple(load)))
-        write([simulated, Timeline(f"{name}, measured", spans)], bench.out / f"{name}-{micros}.svg")
+    if bench.out is not None:
+        keep(bench.out, line | {"rows": rows, **provenance()})
+        if timelines:
+            write(timelines, bench.out / f"{name}-{micros}.svg")
+    return line
+
+
+def both(setup: Experiment, pipeline: Any, name: str, rows: Any) -> list[Timeline]:
+    """Give the timeline as simulated, stages weighed by their layers, and as measured."""
+    head, embed = pipelining.work(setup)
+    load = [float(len(layers)) for layers in pipeline.layers]
+    load[0], load[-1] = load[0] + embed, load[-1] + head
+    spans = tuple(tuple(Span(d, parse_action(a, name), s, e) for a, s, e in row) for d, row in enumerate(rows))
+    return [
+        simulate(pipeline.table(setup.train.global_batch_size), Costs(work=tuple(load))),
+        Timeline(f"{name}, measured (seconds)", spans),
+    ]
+
+
+def keep(folder: Path, line: dict[str, Any]) -> None:
+    """Write a line of results."""
+    with (folder / "pipeline.jsonl").open("a") as file:
+        file.write(json.dumps(line, default=str) + "\n")
 
 
 if __name__ == "__main__":

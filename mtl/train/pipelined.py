@@ -93,18 +93,20 @@ class Staging:
             forms = tree.map(form, self.specs, self.types)
             outer = {name: part for name, part in forms.items() if name != "layers"}
             self.traced[known] = trace_pieces(functions, self._kinds(functions), forms["layers"], outer, batch, compile)
-            self._plan(self.traced[known], outer)
+        if not self._moves:
+            self._plan(self.traced[known])
         return self.traced[known]
 
     def _kinds(self, functions: Functions) -> list[Any]:
         return list(dict.fromkeys(functions.kind(n) for s in self.own for n in self.pipeline.layers[s]))
 
-    def _plan(self, pieces: Pieces, outer: tree.Tree) -> None:
+    def _plan(self, pieces: Pieces) -> None:
         place, last = self.pipeline.place, len(self.pipeline.layers) - 1
         homes = [
             [n for s, d in place.items() if d == device for n in self.pipeline.layers[s]] for device in range(self.par.mesh.shape.pipe)
         ]
         users: dict[str, list[int]] = {}
+        outer = {name: part for name, part in self.specs.items() if name != "layers"}
         for (path, _), first, second in zip(tree.paths(outer), pieces.embed.grads, pieces.head.grads, strict=True):
             users[path] = [place[s] for s, used in ((0, first), (last, second)) if used is not None]
         for path, spec in tree.paths(self.specs):
@@ -204,6 +206,7 @@ class PipelinedStep:
             shape, dtype = pieces.embed.shape
             work = Training(self.functions, pieces, layers, own, weights, batch, scale, reduce)
             warm_up(table, staging.device, work, torch.zeros(shape, dtype=dtype, device=scale.device))
+            del work  # and its gradients
         work = Training(self.functions, pieces, layers, own, weights, batch, scale, reduce)
         self.watch = Watch(scale.device) if self.watched else None
         traffic = self.links.open(table, *pieces.embed.shape, scale.device)
@@ -216,7 +219,7 @@ def make_pipelined_step(
 ) -> PipelinedStep:
     """Make the step through a pipeline: as `make_step`, with a layout of layers and a table. Every process must call it."""
     staging = Staging(model, config, par, options.precision, pipeline)
-    settings = inductor_options(options.backend, par.mesh.shape.devices(), par.mesh.device_type, options.overlap)
+    settings = inductor_options(options.backend, staging.inner.mesh.shape.devices(), par.mesh.device_type, options.overlap)
     plain = replace(par, rules=replace(par.rules, gather="layer"))  # gradients come back at rest
     finish = make_update(plain, staging.letters, optimizer, schedule, options)
     update = compile_update(finish, optimizer, options)
