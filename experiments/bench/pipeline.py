@@ -80,7 +80,7 @@ def compare(bench: Bench, pipelines: list[list[dict[str, Any]]], base: dict[int,
     for each in (each for found in pipelines for each in found):
         target = base[each["microbatches"]] * (1.0 - each["simulated_bubble"])
         print(
-            f"m {each['microbatches']} {each['name']}: {each['speed']:,.0f} tokens/s/device, simulated bubble {each['simulated_bubble']:.1%}, "
+            f"m {each['microbatches']} {each['name']}: {each['speed']:,.0f} tokens/s/device, bubble {each['simulated_bubble']:.1%}, "
             f"{each['speed'] / base[each['microbatches']]:.1%} of FSDP, {each['speed'] / target:.1%} of FSDP x (1 - bubble)",
             flush=True,
         )
