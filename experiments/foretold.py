@@ -3,7 +3,7 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mtl.inspect.page import write_page
 from mtl.inspect.plan import Plan
 from mtl.runtime.log import RunLog
 from mtl.sharding.mesh import MeshShape
-from mtl.sharding.rules import Rules
+from mtl.sharding.parallel import Parallel
 from mtl.train.speed import peak_memory_gib, resident_gib
 from mtl.train.step import StepOptions
 
@@ -76,7 +76,7 @@ def _error(planned: float | None, measured: float | None) -> float | None:
 
 
 def foretell(
-    setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, device: torch.device, first: bool,
+    setup: Experiment, shape: MeshShape, par: Parallel, options: StepOptions, device: torch.device, first: bool,
     documents: Callable[[], bool],
 ) -> Foretold:  # fmt: skip
     """Plan a run's step on its first rank; the others plan nothing. Whatever goes wrong is said, and the run goes on."""
@@ -85,7 +85,7 @@ def foretell(
         return Foretold(None, "", device, before)
     try:
         why = planning.refuses(setup, shape)
-        found = None if why else planning.plan(setup, _job(setup, rules, shape, sizes, options, device, documents()), known(device))
+        found = None if why else planning.plan(setup, _job(setup, shape, par, options, device, documents()), known(device))
     except Exception as error:  # a plan is advice: no fault of it may end a run
         found, why = None, f"{type(error).__name__}: {error}".splitlines()[0]
     return Foretold(found, why, device, resident_gib() if device.type == "cpu" else 0.0)
@@ -96,10 +96,9 @@ def known(device: torch.device) -> hardware.Device | None:
     return hardware.named_like(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _job(
-    setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, device: torch.device, documents: bool
-) -> planning.Job:
-    return planning.job_for(setup, rules, shape, sizes, options, "cpu" if device.type == "cpu" else "meta", documents)
+def _job(setup: Experiment, shape: MeshShape, par: Parallel, options: StepOptions, device: torch.device, documents: bool) -> planning.Job:
+    kind = "cpu" if device.type == "cpu" else "meta"
+    return planning.job_for(setup, par.rules, shape, par.sizes, options, kind, documents, par.engine)
 
 
 def show(foretold: Foretold, folder: Path, title: str, log: RunLog) -> None:

@@ -107,7 +107,8 @@ def plan_one(setup: Experiment, candidate: Candidate, rules: Rules, samples: int
     sizes = {**decoder.sizes(setup.model), **seq, "batch": rows * candidate.micro_batch}
     planning.check_sizes(setup, rules, candidate.mesh, sizes)
     options = StepOptions(PRECISIONS[setup_precision(setup)], candidate.remat, setup_compile(setup), clip=setup.optim.clip)
-    return planning.plan(setup, planning.job_for(setup, rules, candidate.mesh, sizes, options, "meta"), device)
+    engine = planning.by_engine(setup, candidate.mesh, device)
+    return planning.plan(setup, planning.job_for(setup, rules, candidate.mesh, sizes, options, "meta", engine=engine), device)
 
 
 def setup_precision(setup: Experiment) -> str:

@@ -18,6 +18,7 @@ from mtl.inspect import hardware
 from mtl.inspect.mesh import planned_mesh
 from mtl.inspect.plan import Plan, Records, make_plan
 from mtl.inspect.record import Recorder, Trace
+from mtl.kernels import copy_engine
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw, sgd
 from mtl.optim.schedules import Schedule, schedule
@@ -51,11 +52,13 @@ class Job:
     kind: str = "meta"
     documents: bool = False
     """Whether rows hold several documents that attention keeps apart."""
+    engine: bool = False
+    """Whether copy engines move weights and gradients."""
 
     def parallel(self, device: int = 0) -> Parallel:
         """Stand on one device of the mesh."""
         mesh, precision = planned_mesh(self.mesh, device, self.kind), self.options.precision
-        return Parallel(mesh, self.rules, self.sizes, precision.reduce, fp8=precision.fp8)
+        return Parallel(mesh, self.rules, self.sizes, precision.reduce, engine=self.engine, fp8=precision.fp8)
 
     def rows(self) -> int:
         """Count the samples that a device takes through the model at once."""
@@ -108,10 +111,18 @@ def record(job: Job, device: int = 0) -> Records:
             grads = local_params(job, job.config, par, "compute", make)
             held["gathered weights"] = nbytes(grads)
         summed = nbytes(tree.map(lambda g: make(g.shape, torch.promote_types(g.dtype, par.reduce)), grads))
+    if job.engine:
+        rest["transfer slots"] = copy_engine.room(slots(few, more))
     return Records(
         record_gather(job, device), few, more, rounds, record_update(job, device), job.micro_batches, job.options.compile,
         job.kind != "cpu", job.mesh, str(precision.compute).removeprefix("torch."), rest, held, summed,
     )  # fmt: skip
+
+
+def slots(*traces: Trace) -> list[tuple[str, str, int]]:
+    """List what the copy engines move: the kind of slot each transfer takes, its group and its bytes."""
+    wires = [op.wire for trace in traces for op in trace.ops if op.wire is not None]
+    return [(wire.slot[0], "+".join(wire.axes), wire.slot[1]) for wire in wires if wire.slot is not None]
 
 
 def repeat(job: Job) -> int:
@@ -242,14 +253,15 @@ def _world(kind: str) -> Any:
 
 def job_for(
     setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, kind: str,
-    documents: bool = False,
+    documents: bool = False, engine: bool = False,
 ) -> Job:  # fmt: skip
-    """Describe a run's step. The learning rate is a constant, since no plan depends on it."""
+    """Describe a run's step."""
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     micro_batches = setup.train.global_batch_size // (rows * (setup.train.micro_batch_size or 1))
     mask = params.decayed(decoder.specs(setup.model))
     optimizer = adamw(mask, impl="plain") if setup.optim.name == "adamw" else sgd(mask, setup.optim.beta1)
-    return Job(setup.model, rules, shape, sizes, options, optimizer, schedule("constant", 1.0, 1), max(1, micro_batches), kind, documents)
+    rate = schedule("constant", 1.0, 1)  # no plan depends on it
+    return Job(setup.model, rules, shape, sizes, options, optimizer, rate, max(1, micro_batches), kind, documents, engine)
 
 
 def plan(setup: Experiment, job: Job, device: hardware.Device | None) -> Plan:
@@ -258,6 +270,12 @@ def plan(setup: Experiment, job: Job, device: hardware.Device | None) -> Plan:
     flops = flops_per_token(decoder.specs(setup.model), setup.model, setup.train.seq_len)
     found = make_plan(record(job), device, tokens, flops)
     return dataclasses.replace(found, notes=(*found.notes, PACKED)) if job.documents else found
+
+
+def by_engine(setup: Experiment, shape: MeshShape, device: hardware.Device) -> bool:
+    """Tell whether a run on such devices would move weights and gradients by their copy engines (what --transport says of auto)."""
+    able = device.reaches_peers and 1 < shape.devices() <= device.node_size
+    return setup.transport == "engine" or (setup.transport == "auto" and able and setup.compile in ("auto", "step") and shape.pipe == 1)
 
 
 def refuses(setup: Experiment, shape: MeshShape) -> str:

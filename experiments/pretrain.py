@@ -65,7 +65,8 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
         options = make_step_options(setup, precision, at.device)
-        setup, said = remat_choice.settled(setup, rules, shape, sizes(setup, rules, shape), options, at.device, lambda: packed(work, setup))
+        known, engine = sizes(setup, rules, shape), by_engine(setup, at)
+        setup, said = remat_choice.settled(setup, rules, shape, known, options, at.device, lambda: packed(work, setup), engine)
         work = work._replace(said=(*work.said, *said))
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = setup.out or Path("runs") / f"{preset}-{stamp}"
@@ -229,7 +230,7 @@ def run(
     timing = pipelining.Timing(train.steps)
     step = by_length(par, lambda p: tuned.step(pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned.model)))
     keeper.extra = work.beside
-    plan = foretold.foretell(setup, rules, shape, par.sizes, options, at.device, at.rank == 0, lambda: packed(work, setup))
+    plan = foretold.foretell(setup, shape, par, options, at.device, at.rank == 0, lambda: packed(work, setup))
     state = keeper.begin(
         steps, setup.resume,
         lambda: abstract_state(specs, rules, par.mesh, precision, optimizer),

@@ -76,8 +76,9 @@ def choose(peak: Callable[[str], int], budget: int, order: Sequence[str] = ORDER
 
 
 def planned(
-    setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, device: torch.device, documents: bool
-) -> Callable[[str], Plan]:
+    setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, device: torch.device,
+    documents: bool, engine: bool = False,
+) -> Callable[[str], Plan]:  # fmt: skip
     """Make ``plan(remat)``: the plan of the run's step with it."""
     if why := planning.refuses(setup, shape):
         raise UserError(
@@ -85,9 +86,8 @@ def planned(
         )
 
     def plan(remat: str) -> Plan:
-        job = planning.job_for(
-            setup, rules, shape, sizes, dataclasses.replace(options, remat=remat), "cpu" if device.type == "cpu" else "meta", documents
-        )
+        kind, chosen = "cpu" if device.type == "cpu" else "meta", dataclasses.replace(options, remat=remat)
+        job = planning.job_for(setup, rules, shape, sizes, chosen, kind, documents, engine)
         return planning.plan(setup, job, known(device))
 
     return plan
@@ -95,7 +95,7 @@ def planned(
 
 def settled(
     setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, device: torch.device,
-    documents: Callable[[], bool],
+    documents: Callable[[], bool], engine: bool = False,
 ) -> tuple[Experiment, tuple[str, ...]]:  # fmt: skip
     """Replace auto by what the first process chooses, and say why. Every process must call this."""
     if not is_auto(setup.remat):
@@ -103,7 +103,7 @@ def settled(
 
     def decide() -> str:
         budget = parse_budget(setup.remat, memory_of(device, shape.devices()))
-        plan = planned(setup, rules, shape, sizes, options, device, documents())
+        plan = planned(setup, rules, shape, sizes, options, device, documents(), engine)
         found = choose(lambda remat: plan(remat).memory.peak, budget)
         return json.dumps([found.remat, str(found)])
 

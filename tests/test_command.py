@@ -1,5 +1,6 @@
 """The command `mtl` as a shell starts it: exit codes, output that is JSON and nothing else, and readers that leave early."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -71,3 +72,8 @@ def test_another_broken_pipe_is_an_error_still(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(command, "run", fail)
     with pytest.raises(BrokenPipeError):
         command.while_read()
+
+
+def test_every_command_that_is_listed_is_one() -> None:
+    for name in command.commands():
+        assert callable(getattr(importlib.import_module(f"mtl.cli.{name}"), "main", None)), name

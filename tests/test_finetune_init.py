@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from experiments import finetune, pretrain
 from experiments.initial import newest
 from mtl import checkpoint
-from mtl.cli.prompts import language
+from mtl.cli.prompt_text import language
 from mtl.data import tokenizers
 from tests import vocabularies
 from tests.forks import Forks

@@ -11,7 +11,9 @@ import torch
 from experiments import foretold, planning, pretrain
 from experiments.presets import PRESETS
 from mtl.inspect import hardware
+from mtl.inspect.mesh import planned_mesh
 from mtl.precision import PRECISIONS
+from mtl.sharding.parallel import Parallel
 from mtl.train.step import StepOptions
 from tests.test_pretrain import MODEL, SHORT, metrics, start
 
@@ -33,7 +35,8 @@ def made(first: bool = True, compile: str = "none", precision: str = "fp32") -> 
     rules, shape = pretrain.choose_layout(setup, 1)
     setup = pretrain.with_micro_batch(setup, rules, shape)
     options = StepOptions(PRECISIONS[precision], compile=compile)
-    return foretold.foretell(setup, rules, shape, pretrain.sizes(setup, rules, shape), options, CPU, first, lambda: False)
+    par = Parallel(planned_mesh(shape, 0, "cpu"), rules, pretrain.sizes(setup, rules, shape), torch.float32)
+    return foretold.foretell(setup, shape, par, options, CPU, first, lambda: False)
 
 
 def test_a_run_says_its_plan_and_compares(tmp_path: Path) -> None:

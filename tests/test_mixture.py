@@ -235,6 +235,15 @@ def test_megatron_blends_and_refusals(two: tuple[str, str], tmp_path: Path) -> N
 # ---------------------------------------------------------------- mtl data order
 
 
+def test_megatron_blends_that_ask_for_more_than_was_built_are_refused(tmp_path: Path) -> None:
+    """Rounding gives the second corpus 83 of 106 samples; its builder makes the 81 that 100 samples come to, and refuses too."""
+    small = [write(tmp_path / f"c{i}", [[0] * 3, [0] * 5]) for i in range(9)]
+    weights = [0.1, 0.3, 7, 0.3, 0.3, 0.3, 0.1, 0.3, 0.14855089612643269]
+    words = [word for pair in zip(map(str, weights), small, strict=True) for word in pair]
+    with pytest.raises(UserError, match=r"takes 83 samples of corpus .*, but Megatron-LM's order builds 81"):
+        order(["--data", *words, "--samples", "100", "--seq-len", "7", "--order", "megatron", "--split", "1,0,0"])
+
+
 def test_order_command_prints_known_indices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "known", [[0] * n for n in [5, 3, 7, 2, 6, 4, 9, 1]])
     flags = ["--samples", "9", "--seq-len", "4", "--seed", "1234", "--split", "6,1,1", "--order", "megatron", "--json"]

@@ -17,7 +17,7 @@ from experiments.initial import model_config, newest
 from mtl import checkpoint, tree
 from mtl.axes import names
 from mtl.checkpoint.contents import Contents
-from mtl.cli.prompts import Language, language, read_prompts
+from mtl.cli.prompt_text import Language, language, read_prompts
 from mtl.errors import UserError
 from mtl.generate.decode import check, generate
 from mtl.generate.sampling import Sampling

@@ -36,6 +36,8 @@ class PlanSettings:
     """Devices that the fast link joins, where it is not the table's number."""
     precision: Literal["fp64", "fp32", "bf16", "fp16", "fp8"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
+    transport: Literal["auto", "nccl", "engine"] = "auto"
+    """How weights and gradients travel, as in experiments/pretrain.py: auto is copy engines in one node of NVLink, in compiled steps."""
     packed: bool = False
     """Rows hold several documents that attention keeps apart, as experiments/finetune.py packs them."""
     remat: str = "none"
@@ -74,7 +76,7 @@ def main(arguments: list[str]) -> None:
         device = dataclasses.replace(device, node_size=settings.node_size)
     setup = dataclasses.replace(
         preset, model=settings.model, train=settings.train, optim=settings.optim, precision=settings.precision, remat=settings.remat,
-        compile=settings.compile,
+        compile=settings.compile, transport=settings.transport,
     )  # fmt: skip
     if settings.search:
         search(name, setup, settings, device)
@@ -89,17 +91,24 @@ def one(name: str, setup: Experiment, settings: PlanSettings, device: hardware.D
     sizes = pretrain.sizes(setup, rules, shape)
     planning.check_sizes(setup, rules, shape, sizes)
     options = StepOptions(PRECISIONS[settings.precision], settings.remat, settings.compile, clip=settings.optim.clip)
-    found = planning.plan(setup, planning.job_for(setup, rules, shape, sizes, options, "meta", settings.packed), device)
+    engine = planning.by_engine(setup, shape, device)
+    found = planning.plan(setup, planning.job_for(setup, rules, shape, sizes, options, "meta", settings.packed, engine), device)
     train = setup.train
     about = (
         f"mesh {shape} ({shape.devices():,} {device.name}), rules {rules.name}, {settings.precision}, compile {settings.compile}, "
-        f"remat {settings.remat}; {train.global_batch_size} x {train.seq_len} tokens a step, {train.micro_batch_size} at once a device"
+        f"remat {settings.remat}{', copy engines' if engine else ''}; "
+        f"{train.global_batch_size} x {train.seq_len} tokens a step, {train.micro_batch_size} at once a device"
     )
     if settings.html is not None:
         write_page(settings.html, as_page(found, f"Plan of {name}", about))
     if settings.json:
         chosen = {"preset": name, "mesh": shape.sizes(), "rules": rules.name, "device": device.name, "remat": settings.remat}
-        chosen |= {"compile": settings.compile, "precision": settings.precision, "train": dataclasses.asdict(train)}
+        chosen |= {
+            "transport": "engine" if engine else "collectives",
+            "compile": settings.compile,
+            "precision": settings.precision,
+            "train": dataclasses.asdict(train),
+        }
         print(json.dumps({**chosen, **found.as_json()}))
         return
     print(as_text(found, f"{name}: {about}"))

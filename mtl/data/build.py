@@ -121,7 +121,7 @@ def _account(job: Job, at: Progress, block: Block, errors: list[tuple[int, str]]
     unit = "row" if block.format == "parquet" else "line"
     told = tuple(f"{block.path} {unit} {number}: {what}" for number, what in errors)
     if told and job.on_error == "stop":
-        raise UserError(f"{told[0]}. Mend it, or pass --on-error skip to leave such rows out and count them.")
+        raise UserError(f"{told[0].removesuffix('.')}. Mend it, or pass --on-error skip to leave such rows out and count them.")
     return replace(
         at, place=block.after, skipped=at.skipped + len(errors), text_bytes=at.text_bytes + block.size, done=block.done,
         examples=(*at.examples, *told)[:20],

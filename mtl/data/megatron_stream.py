@@ -79,7 +79,9 @@ def build(parts: Sequence[tuple[str, Corpus, Fraction | None]], seq_len: int, sa
         once = megatron.normalize([float(w) for w in weights])
         targets, built = megatron.blend_targets(once, samples)
         found = [_indices(name, c, seq_len, n, seed) for (name, *_), c, n in zip(parts, corpora, built, strict=True)]
-        return Built(megatron.weighted(once, sum(targets)), list(zip(corpora, found, strict=True)))
+        blend = megatron.weighted(once, sum(targets))
+        _check_oversampling(blend, found, [name for name, *_ in parts])
+        return Built(blend, list(zip(corpora, found, strict=True)))
     found = [_indices(name, c, seq_len, None, seed) for (name, *_), c in zip(parts, corpora, strict=True)]
     sizes = [len(x.shuffle_index) for x in found]
     if samples is None:
@@ -108,6 +110,17 @@ def _indices(name: str, corpus: Part, seq_len: int, samples: int | None, seed: i
     if corpus.size <= seq_len and samples is None:
         raise UserError(f"corpus {name} has {corpus.size} tokens in this split: too few for one sequence of {seq_len}.")
     return megatron.indices(lengths, documents, seq_len, samples, seed)
+
+
+def _check_oversampling(blend: megatron.BlendIndices, found: Sequence[megatron.Indices], names: Sequence[str]) -> None:
+    """Refuse a blend that asks a corpus for more than the 0.5 % that Megatron-LM builds beyond its share, as its builder does."""
+    asked = np.bincount(blend.dataset_index, minlength=len(found))
+    for name, n, indices in zip(names, asked.tolist(), found, strict=True):
+        if n > len(indices.shuffle_index):
+            raise UserError(
+                f"--data.order megatron: the blend takes {n} samples of corpus {name}, but Megatron-LM's order builds "
+                f"{len(indices.shuffle_index)} of it. Take more samples, or fewer corpora of small weight."
+            )
 
 
 def _part(name: str, corpus: Corpus) -> Part:

@@ -8,8 +8,9 @@ from mtl.inspect.plan import Plan
 
 COLOURS = {
     "weights": "#4c78a8", "optimizer": "#72b7b2", "gathered weights": "#9ecae9", "gradients": "#e45756", "activations": "#f2a541",
-    "logits and loss": "#b279a2", "batch": "#bab0ac", "workspace": "#8d8d8d", "products": "#4c78a8", "attention": "#f2a541",
-    "other kernels": "#72b7b2", "communication shown": "#e45756", "communication hidden": "#f3b5b4", "bubble": "#bab0ac",
+    "logits and loss": "#b279a2", "batch": "#bab0ac", "transfer slots": "#59a14f", "workspace": "#8d8d8d",
+    "products": "#4c78a8", "attention": "#f2a541", "other kernels": "#72b7b2", "communication shown": "#e45756",
+    "communication hidden": "#f3b5b4", "bubble": "#bab0ac",
 }  # fmt: skip
 PHASES = ("products", "attention", "other kernels", "communication shown", "bubble")
 
@@ -135,7 +136,8 @@ def _bar(parts: Mapping[str, float], whole: float, unit: str) -> str:
 def _traffic(plan: Plan) -> str:
     if not plan.traffic:
         return "<p>None.</p>"
-    head = "".join(f"<th>{name}</th>" for name in ("phase", "collective", "over", "times", "bytes", "sent", "link"))
+    head = "".join(f"<th>{name}</th>" for name in ("phase", "collective", "over"))
+    head += "".join(f"<th class=number>{name}</th>" for name in ("times", "bytes", "sent")) + "<th>link</th>"
     rows = "".join(
         f"<tr><td>{t.phase}</td><td>{t.collective}</td><td>{' + '.join(t.axes)}</td><td class=number>{t.times:,}</td>"
         f'<td class=number data-bytes="{t.bytes}">{size(t.bytes)}</td><td class=number>{size(t.sent)}</td><td>{t.link}</td></tr>'

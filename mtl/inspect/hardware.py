@@ -38,6 +38,11 @@ class Device:
     workspace_bytes: int
     sources: Mapping[str, str]
 
+    @property
+    def reaches_peers(self) -> bool:
+        """Tell whether the devices of a node read each other's memory by their copy engines: NVIDIA's with NVLink do."""
+        return self.links["node"].name.startswith("NVLink")
+
     def peak(self, dtype: str) -> float:
         """Give the dense peak for a compute type."""
         if dtype not in self.peak_flops:

@@ -7,7 +7,7 @@ MATMULS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm")
 REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "logsumexp", "var_mean", "native_layer_norm", "native_layer_norm_backward", "prod")
 OPAQUE = (
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",
-    "scatter", "cumsum", "sort",
+    "scatter", "cumsum", "sort", "engine_collect",
 )  # fmt: skip
 _CAUSAL = {
     "_scaled_dot_product_cudnn_attention": 6,
@@ -25,7 +25,7 @@ def kind_of(name: str, makes: bool) -> str:
         return "matmul"
     if "attention" in name:
         return "attention"
-    if name in _COLLECTIVES:
+    if name in _COLLECTIVES or name in ("engine_gather", "engine_send"):
         return "collective"
     if name == "wait_tensor":
         return "wait"

@@ -12,7 +12,9 @@ from mtl.inspect.record import Op, Trace, Wire
 from mtl.inspect.timing import Traffic, traffic
 from mtl.sharding.mesh import MeshShape
 
-PARTS = ("weights", "optimizer", "gathered weights", "gradients", "activations", "logits and loss", "batch", "workspace")
+PARTS = (
+    "weights", "optimizer", "gathered weights", "gradients", "activations", "logits and loss", "batch", "transfer slots", "workspace",
+)  # fmt: skip
 TAKES = {
     "products": "matrix products", "attention": "attention", "other kernels": "memory bandwidth (all other kernels)",
     "communication shown": "communication", "bubble": "the pipeline's bubble",

@@ -31,6 +31,8 @@ class Wire:
     bytes: int
     sent: int | None = None
     """Bytes that one device sends, where they do not follow from the collective (a ring's turn sends to one neighbour)."""
+    slot: tuple[str, int] | None = None
+    """Where the copy engines do it: which kind of slot it takes (gather or sum), and how many bytes of one."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class Recorder(TorchDispatchMode):
         inputs = _tensors(args) + _tensors(tuple((kwargs or {}).values()))
         results = _tensors(out if isinstance(out, tuple | list) else (out,))
         name = func.__name__.partition(".")[0]
+        name = f"engine_{name}" if func.namespace == "mtl_engine" else name
         if not results and name not in ("copy_",):
             return out
         reads = tuple(dict.fromkeys(self.buffer(x)[0] for x in inputs))
@@ -167,6 +170,12 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _wire(name: str, args: Any, results: list[Tensor]) -> Wire | None:
+    if name in ("engine_gather", "engine_send"):
+        whole = (results if name == "engine_gather" else args)[0]
+        axes, size = tuple(str(args[-1]).split("+")), whole.numel() * whole.element_size()
+        if name == "engine_send":  # its slot takes a part of every member
+            return Wire("all_to_all", axes, size, slot=("sum", size))
+        return Wire("all_gather", axes, size, slot=("gather", size // args[-2]))
     if name not in COLLECTIVES:
         return None
     group = str(args[-1])

@@ -8,6 +8,7 @@ reduce-scatter in a wider type: parts travel as they are and are added in ``dtyp
 
 import importlib
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,9 +192,24 @@ def _channel(kind: str, group: str, size: int) -> _Channel:
     large = size > LARGE[kind]
     known = _CHANNELS.get((kind, group, large))
     if known is None or known.bytes < size:
-        slots = 1 if large else {"gather": GATHERS, "sum": SUMS}[kind]
-        _CHANNELS[kind, group, large] = known = _open(slots, group, size, None if known is None else known.stream)
+        _CHANNELS[kind, group, large] = known = _open(*slots(kind, size), group, None if known is None else known.stream)
     return known
+
+
+def slots(kind: str, size: int) -> tuple[int, int]:
+    """Give how many slots a channel has whose largest transfer is of ``size`` bytes, and the bytes of each."""
+    count = 1 if size > LARGE[kind] else {"gather": GATHERS, "sum": SUMS}[kind]
+    return count, -(-size // PAGE) * PAGE
+
+
+def room(transfers: Iterable[tuple[str, str, int]]) -> int:
+    """Count the bytes of all slots after such transfers, each (gather or sum, group, bytes of a slot): what `held` gives on GPUs."""
+    largest: dict[tuple[str, str, bool], int] = {}
+    for kind, group, size in transfers:
+        key = kind, group, size > LARGE[kind]
+        largest[key] = max(size, largest.get(key, 0))
+    pairs = [slots(kind, size) for (kind, _, _), size in largest.items()]
+    return sum(count * size + 2 * PAGE for count, size in pairs)
 
 
 def held() -> int:
@@ -201,11 +217,10 @@ def held() -> int:
     return sum(channel.memory.nbytes for channel in _CHANNELS.values())
 
 
-def _open(slots: int, group: str, size: int, stream: torch.cuda.Stream | None) -> _Channel:
+def _open(slots: int, size: int, group: str, stream: torch.cuda.Stream | None) -> _Channel:
     torch.cuda.synchronize()
     members: Any = _c10d._resolve_process_group(group)
     dist.barrier(members)  # no member still uses the old memory
-    size = -(-size // PAGE) * PAGE
     memory = _symmetric.empty(slots * size + 2 * PAGE, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
     memory[slots * size :].zero_()
     handle = _symmetric.rendezvous(memory, group)
