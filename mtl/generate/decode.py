@@ -13,8 +13,8 @@ from mtl.data.batches import to_device
 from mtl.errors import UserError
 from mtl.generate.memory import Room, allocate, parallels, room
 from mtl.generate.sampling import Sampling, choose
+from mtl.generate.weights import ready
 from mtl.ops.cache import NOWHERE, put
-from mtl.params import in_type
 from mtl.pipeline.exchange import stage_parallel
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled, inductor_options
@@ -23,11 +23,12 @@ from mtl.sharding.collectives import psum
 from mtl.sharding.mesh import Mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules
-from mtl.train.evaluate import in_use
 
 State = dict[str, Any]
 Pick = Callable[[Tensor, State], Tensor]
 """Chooses this device's next tokens [B] from logits [B, V] and the state."""
+PIECE = 4
+"""Layers in a compiled graph: more would save little more, and take as much longer to compile."""
 Tokens = list[int | None]
 """The next token of every prompt, or None where the prompt's text has ended."""
 
@@ -55,7 +56,7 @@ def generate(
     config = model.for_evaluation(config)
     space = room(rules, mesh.shape, len(prompts), max(len(p) for p in prompts), max(max_tokens - 1, 0))
     wide, narrow = parallels(model, config, mesh, rules, space, precision)
-    weights = in_type(model.specs(config), in_use(model, config, wide, precision, params), precision.compute)
+    weights = ready(model, config, wide, precision, params)
     state = start(model, config, wide, narrow, precision, prompts, space)
     how = sampling or Sampling()
 
@@ -141,7 +142,7 @@ def make_step(
 ) -> Callable[[Any, State], Tensor]:
     """Make ``step(params, state)``: take every row's last token in, and give all rows' next ones. The state is written in place.
 
-    With a ``backend`` what comes before the layers, each kind of layer once, and what comes after them are compiled.
+    With a ``backend`` what comes before the layers, each kind of piece of them once, and what comes after them are compiled.
     """
     split = par.axes("T")
     index, share = par.mesh.index(split), max(space.decode // par.mesh.size(split), 1)
@@ -176,28 +177,31 @@ def make_fold(
 ) -> Callable[[Any, Tensor, Any, Any], Tensor]:
     """Make ``fold(params, x, stream, cache)``, which runs the layers: each device of a pipeline its own, in turn; then all have the result.
 
-    ``make`` compiles a kind of layer.
+    ``make`` compiles a kind of piece, `PIECE` layers at most: what ends one layer and begins the next is one kernel then.
     """
-    first, pipe, inner = par.span("L", "store")[0], par.mesh.shape.pipe, stage_parallel(par)
-    known: dict[Any, Any] = {}
+    (first, count), pipe, inner = par.span("L", "store"), par.mesh.shape.pipe, stage_parallel(par)
+    layers = [model.at_layer(config, i) for i in range(first, first + count)]
+    length = max(n for n in range(1, PIECE + 1) if count % n == 0)
+    pieces = [tuple(layers[i : i + length]) for i in range(0, count, length)]
 
-    def runner(layer: Any) -> Any:
-        def block(p: Any, x: Tensor, stream: Any) -> Tensor:
-            return model.block(layer, inner, p, x, stream)
+    def runner(piece: Any) -> Any:
+        def blocks(ps: Any, x: Tensor, stream: Any, held: Any) -> Tensor:
+            for layer, p, own in zip(piece, ps, held, strict=True):
+                x = model.block(layer, inner, p, x, stream | own)
+            return x
 
-        return make(block)
+        return make(blocks)
+
+    runners = {piece: runner(piece) for piece in dict.fromkeys(pieces)}
 
     def fold(params: Any, x: Tensor, stream: Any, cache: Any) -> Tensor:
-        pieces, structure = tree.flatten(params["layers"])
+        leaves, structure = tree.flatten(params["layers"])
+        each = [tree.unflatten(structure, own) for own in zip(*(leaf.unbind(0) for leaf in leaves), strict=True)]
         for turn in range(pipe):
             if turn == par.mesh.index(("pipe",)):
-                for i, (leaves, held) in enumerate(
-                    zip(zip(*(piece.unbind(0) for piece in pieces), strict=True), cache, strict=True), first
-                ):
-                    layer = model.at_layer(config, i)
-                    if layer not in known:
-                        known[layer] = runner(layer)
-                    x = known[layer](tree.unflatten(structure, leaves), x, stream | held)
+                for i, piece in enumerate(pieces):
+                    part = slice(i * length, (i + 1) * length)
+                    x = runners[piece](each[part], x, stream, cache[part])
             elif pipe > 1:
                 x = torch.zeros_like(x)
             x = psum(x, ("pipe",), par.mesh)

@@ -176,6 +176,12 @@ def sizes(cfg: Config) -> dict[str, int]:
     }
 
 
+def together(cfg: Config) -> list[dict[str, str]]:
+    """Name the projections of a layer that share an input, and the axes of their weights: what decoding multiplies as one."""
+    gated = [{"gate": "DF", "up": "DF"}] if cfg.activation in GATED else []
+    return [{"query": "DHK", "key": "DGK", "value": "DGK"}, *gated]
+
+
 def cache_specs(cfg: Config, rows: int, slots: int) -> list[dict[str, ParamSpec]]:
     """Declare what generation keeps of every layer: a key and a value a slot, laid out as the layer makes them."""
     one = ParamSpec((rows, slots, cfg.kv_heads, attended_size(cfg)), "BTGK")
@@ -293,7 +299,7 @@ def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
 
 
 def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
-    q, k, v = project_all(par, h, ("BSD,DHK->BSHK", p["query"]), ("BSD,DGK->BSGK", p["key"]), ("BSD,DGK->BSGK", p["value"]))
+    q, k, v = project_all(par, h, p, {"query": "BSD,DHK->BSHK", "key": "BSD,DGK->BSGK", "value": "BSD,DGK->BSGK"})
     norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
 
@@ -314,7 +320,7 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
 
 
 def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, again: Any) -> Tensor:
-    inner = project_all(par, h, *(("BSD,DF->BSF", p[name]) for name in (("gate", "up") if cfg.activation in GATED else ("up",))))
+    inner = project_all(par, h, p, dict.fromkeys(("gate", "up") if cfg.activation in GATED else ("up",), "BSD,DF->BSF"))
 
     def activation(*inner: Tensor) -> Tensor:
         return GATED[cfg.activation](inner[0]) * inner[1] if cfg.activation in GATED else PLAIN[cfg.activation](inner[0])

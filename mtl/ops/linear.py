@@ -5,7 +5,7 @@ in compute, the contraction, and the sum over devices that it may leave all foll
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,12 +71,29 @@ def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any]) -> Te
     return linear(par, spelling, x, p["weight"], p.get("bias"), p.get("lora"))
 
 
-def project_all(par: Parallel, x: Tensor, *projections: tuple[str, Mapping[str, Any]]) -> list[Tensor]:
-    """Multiply one activation by several projections, each (spelling, parameters): in one product where their weights travel alike."""
-    spellings = [spelling.split("->") for spelling, _ in projections]
-    left = spellings[0][0].split(",")[0]
-    products = _products(par, left, [operands.split(",")[1] for operands, _ in spellings], x, [p["weight"] for _, p in projections])
-    return [_finished(par, spelling, x, y, p.get("bias"), p.get("lora")) for (spelling, p), y in zip(projections, products, strict=True)]
+def project_all(par: Parallel, x: Tensor, p: Mapping[str, Any], spellings: Mapping[str, str]) -> list[Tensor]:
+    """Multiply one activation by several projections of a layer, name to spelling: in one product where their weights travel alike.
+
+    Weights that lie side by side already are one parameter, under the projections' names `joined`.
+    """
+    operands = [spelling.split("->")[0].split(",") for spelling in spellings.values()]
+    one = p.get(joined(spellings))
+    ws = [p[name]["weight"] for name in spellings] if one is None else [one["weight"]]
+    products = _products(par, operands[0][0], [right for _, right in operands], x, ws)
+    own = [p.get(name, {}) for name in spellings]
+    return [_finished(par, s, x, y, q.get("bias"), q.get("lora")) for s, y, q in zip(spellings.values(), products, own, strict=True)]
+
+
+def joined(names: Iterable[str]) -> str:
+    """Name the one weight that several projections' weights make side by side."""
+    return "+".join(names)
+
+
+def may_join(par: Parallel, letters: Sequence[str], ws: Sequence[Tensor]) -> bool:
+    """Tell whether stacked weights (L, ...) of one input can lie side by side at rest: none is padded, and they travel alike by rows."""
+    moves = [_move(par, right, w) for right, w in zip(letters, ws, strict=True)]
+    whole = all(_padded(par, f"L{right}", w) is w for right, w in zip(letters, ws, strict=True))
+    return whole and all(move.gathers == moves[0].gathers for move in moves) and all(dim == 0 for dim, _, _ in moves[0].gathers)
 
 
 def project_of(par: Parallel, spelling: str, fn: Callable[..., Tensor], inner: Sequence[Tensor], p: Mapping[str, Any]) -> Tensor:
@@ -124,6 +141,7 @@ def _finished(par: Parallel, spelling: str, x: Tensor, y: Tensor, bias: Tensor |
 def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], made: Any = None) -> list[Tensor]:
     """Contract the letters that an activation and each weight at rest share, on this device alone.
 
+    One weight for several ``rights`` is theirs side by side.
     ``made`` may be (fn, *inner), where the activation is fn(*inner) and x only shows its shape.
     """
     shared = "".join(c for c in rights[0] if c in left)
@@ -132,8 +150,9 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     for right, new in zip(rights, news, strict=True):
         if (new + shared if transposed else shared + new) != right or left[-len(shared) :] != shared:
             raise ValueError(f"linear cannot spell {left},{right}: contracted letters must end the activation and start or end the weight")
-    ws = [_padded(par, right, w) for right, w in zip(rights, ws, strict=True)]
-    moves = [_move(par, right, w) for right, w in zip(rights, ws, strict=True)]
+    if len(ws) == len(rights):
+        ws = [_padded(par, right, w) for right, w in zip(rights, ws, strict=True)]
+    moves = [_move(par, right, w) for right, w in zip(rights, ws, strict=False)]
     if len(ws) > 1 and (transposed or len(shared) > 1 or not _alike(moves, ws, x.dtype)):
         return [_products(par, left, [right], x, [w])[0] for right, w in zip(rights, ws, strict=True)]
     flat = x.flatten(-len(shared)) if len(shared) > 1 else x
@@ -150,7 +169,7 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
         matrix = _matrix(_moved(x.dtype, moves[0], split, *ws), split)
         y = rows[0] @ (matrix.t() if transposed else matrix)
     assert isinstance(y, Tensor)
-    sizes = [[_local_size(par, right, c, w) for c in new] for right, new, w in zip(rights, news, ws, strict=True)]
+    sizes = [[_local_size(par, right, c, w) for c in new] for right, new, w in zip(rights, news, ws * len(rights), strict=False)]
     return [
         part.unflatten(0, flat.shape[:-1]).unflatten(-1, size)
         for part, size in zip(y.split([math.prod(size) for size in sizes], -1), sizes, strict=True)

@@ -13,14 +13,15 @@ from mtl import random, tree
 from mtl.generate.decode import generate, make_prefill, make_step, prompt_batch, start
 from mtl.generate.memory import cache_bytes, parallels, room
 from mtl.generate.sampling import Sampling
+from mtl.generate.weights import lay_side_by_side, ready
 from mtl.models import decoder
 from mtl.models.decoder import Config
-from mtl.params import count, in_type, init
+from mtl.params import count, init
 from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import Mesh, MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules
-from mtl.train.evaluate import in_use, make_logits
+from mtl.train.evaluate import make_logits
 from tests.small import MESHES
 from tests.small import MODELS as ALL_MODELS
 
@@ -55,7 +56,7 @@ def reference(model: str, path: str) -> None:
     save_file(found, path)
 
 
-def cached(table: str, world: int, model: str, path: str, compiled: bool = False) -> dict[str, Any]:
+def cached(table: str, world: int, model: str, path: str, compiled: bool = False, beside: bool = True) -> dict[str, Any]:
     """Force the texts through the cache: the largest error of any logit against the full forward, and what the cache takes."""
     config, rules, shape = decoder.for_evaluation(MODELS[model]), sharding_rules.load(table), MESHES[table][world]
     mesh, words = make_mesh(shape, "cpu"), text(config)
@@ -70,7 +71,10 @@ def cached(table: str, world: int, model: str, path: str, compiled: bool = False
         return state["forced"].index_select(1, state["count"].unsqueeze(0))[:, 0]
 
     with torch.no_grad():
-        params = in_type(decoder.specs(config), in_use(decoder, config, wide, FP64, lively(config, rules, mesh)), torch.float64)
+        params = lively(config, rules, mesh)
+        if beside:
+            lay_side_by_side(decoder, config, mesh, rules, params)
+        params = ready(decoder, config, wide, FP64, params)
         state = start(decoder, config, wide, narrow, FP64, prompts, space)
         mine = state["rows"].remainder(len(prompts)) * (state["rows"] < len(prompts))
         state["logits"] = torch.zeros(len(mine), config.vocab, dtype=torch.float64)
@@ -89,7 +93,8 @@ def cached(table: str, world: int, model: str, path: str, compiled: bool = False
     held = sum(x.numel() * x.itemsize for x in tree.leaves(state["layers"]))
     specs = decoder.cache_specs(config, space.rows, space.slots)
     said, whole = cache_bytes(specs, rules, shape, torch.float64), count(specs) * 8
-    return {"error": error, "held": held, "said": said, "whole": whole}
+    together = sorted(name for name in params["layers"] if "+" in name)
+    return {"error": error, "held": held, "said": said, "whole": whole, "together": together}
 
 
 def continued(table: str, world: int, model: str, backend: str | None = None) -> dict[str, Any]:
