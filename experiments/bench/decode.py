@@ -15,6 +15,7 @@ from experiments.presets import PRESETS
 from mtl.errors import UserError
 from mtl.generate.decode import Tokens, generate
 from mtl.generate.memory import cache_bytes
+from mtl.generate.weights import lay_side_by_side
 from mtl.models import decoder
 from mtl.models.decoder import Config
 from mtl.params import count, init
@@ -76,6 +77,7 @@ def ours(config: Config, device: torch.device, batch: int, prompt: int, new: int
     """Decode with random weights."""
     mesh, rules = make_mesh(MeshShape(), device.type), sharding_rules.load("single")
     params = init(decoder.specs(config), rules, mesh, 0, torch.bfloat16)
+    lay_side_by_side(decoder, config, mesh, rules, params)
     prompts = [[(7 * i + j) % config.vocab for j in range(prompt)] for i in range(batch)]
     return generate(decoder, config, mesh, rules, PRECISIONS["bf16"], params, prompts, new, backend="inductor")
 

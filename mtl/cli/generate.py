@@ -22,6 +22,7 @@ from mtl.errors import UserError
 from mtl.generate.decode import check, generate
 from mtl.generate.sampling import Sampling
 from mtl.generate.text import Continuation, stream
+from mtl.generate.weights import lay_side_by_side
 from mtl.inspect.mesh import parse_mesh
 from mtl.models import decoder
 from mtl.params import ParamSpec, layouts
@@ -95,6 +96,7 @@ def main(arguments: list[str]) -> None:
     with process.process_group(at):
         mesh = make_mesh(shape, at.device.type)
         params = restore_params(contents, config, rules, mesh, PRECISIONS[name])
+        lay_side_by_side(decoder, config, mesh, rules, params)
         rows = [Continuation(speech.decode, p, settings.stop, speech.ends, speech.special) for p in prompts]
         tokens = generate(decoder, config, mesh, rules, PRECISIONS[name], params, prompts, settings.max_tokens, how, speech.ends, backend)
         begin = time.perf_counter()

@@ -112,6 +112,7 @@ def start(
     return {
         "layers": layers,
         "cached_place": torch.full((len(rows), slots), NOWHERE, dtype=torch.int64, device=device),
+        "cached_turns": torch.zeros(len(rows) * narrow.span("G")[1], dtype=torch.int32, device=device),
         "tokens": torch.zeros(len(rows), 1, dtype=torch.int64, device=device),
         "positions": lengths.unsqueeze(1),
         "rows": torch.tensor(rows, device=device),
@@ -166,7 +167,7 @@ def make_step(
         around = {name: p for name, p in params.items() if name != "layers"}
         own = {name: x for name, x in state.items() if name != "layers"}
         x, stream, slot = enter(around, own)
-        places = {"cached_slot": slot, "cached_place": state["cached_place"], "positions": state["positions"]}
+        places = {"cached_slot": slot, "positions": state["positions"], **{name: state[name] for name in ("cached_place", "cached_turns")}}
         return leave(around, own, fold(params, x, stream | places, state["layers"]))
 
     return step

@@ -1,4 +1,4 @@
-"""The weights of decoding: those that share an input lie side by side, so that a token multiplies query, key and value, or gate and up, as one.
+"""The weights of decoding: those that share an input lie side by side, so that a token multiplies query, key and value as one.
 
 A product of one row takes as long as its weights take to be read, and small weights are read slowly: on an H200 4096 x 1024 at 1.1 TB/s,
 the three of attention as one at 3.1, gate and up as one at 4.1 where each alone reaches 3.4 (docs/benchmarks.md).
@@ -60,7 +60,11 @@ def as_one(ws: Sequence[Tensor]) -> Tensor | None:
     flat = [w.flatten(2) for w in ws]
     first, end = flat[0], flat[0].storage_offset()
     for w in flat:
-        if w.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or w.stride() != first.stride() or w.storage_offset() != end:
+        if (
+            w.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or w.stride() != first.stride()
+            or w.storage_offset() != end
+        ):
             return None
         end += w.shape[2] * w.stride(2)
     return first.as_strided((*first.shape[:2], sum(w.shape[2] for w in flat)), first.stride())

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mtl.kernels import cached
 from mtl.ops.attention import attention, own_heads
 from mtl.precision import wide
 from mtl.sharding.collectives import pmax, psum
@@ -33,20 +34,29 @@ def cached_attention(
 
     A stream without ``cached_slot`` is a prompt's: it fills the first slots of the cache and attends to itself. With it, [S], key i goes to
     that slot of this device's part (a number outside is another device's), and the queries at ``positions`` (B, S) see every slot whose
-    ``cached_place`` (B, T) they reach.
+    ``cached_place`` (B, T) they reach; ``cached_turns`` is the kernel's own.
     """
     keys, values = stream["cached_key"], stream["cached_value"]
     if "cached_slot" not in stream:
         keys[:, : k.shape[1]].copy_(k)
         values[:, : v.shape[1]].copy_(v)
         return attention(par, q, k, v, window, None, impl, scale)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if impl == "auto" and _alone(par, q, keys):
+        seen = stream["cached_place"], stream["positions"]
+        return cached.attend_cache(q, k, v, (keys, values), stream["cached_slot"], seen, stream["cached_turns"], window, factor)
     put(keys, k, stream["cached_slot"])
     put(values, v, stream["cached_slot"])
     seen = visible(stream["cached_place"], stream["positions"], window)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
     q = par.reshard(q, "BSHK", "BQMK").to(wide(q.dtype)) * factor
     k, v = (own_heads(par, par.reshard(x, "BTGK", "BTNK")) for x in (keys, values))
     return par.reshard(_attend(par, q, k, v, seen).to(keys.dtype), "BQMK", "BSHK")
+
+
+def _alone(par: Parallel, q: Tensor, keys: Tensor) -> bool:
+    """Tell whether each device attends with its own heads to all of their slots, by the kernel for it."""
+    stays = all(par.layout(a).dims == par.layout(b).dims for a, b in (("BSHK", "BQMK"), ("BTGK", "BTNK")))
+    return stays and not par.axes("T") and own_heads(par, keys) is keys and cached.refuses(q, keys) is None
 
 
 def put(cache: Tensor, new: Tensor, slots: Tensor) -> None:
