@@ -29,7 +29,7 @@ BESIDE = "_hf/"
 """Where a checkpoint keeps what came with its model: config.json, generation_config.json, tokenizer files; and import.json, ours."""
 TOKENIZER = "_tokenizer.json"
 """Where a checkpoint describes the tokenizer that its model was trained with, where a run knew it."""
-OF_THE_RUN = ("attention_impl", "loss_impl", "z_loss", "init_std", "dropout_embed", "dropout_attention", "dropout_mlp")
+OF_THE_RUN = ("attention_impl", "loss_impl", "z_loss", "init_std", "dropout_embed", "dropout_attention", "dropout_mlp", "dropout_lora")
 """Settings of a model that a run chooses; the others are what its weights mean."""
 
 

@@ -22,7 +22,7 @@ from experiments import checkpoints, foretold, initial, pipelining, reading, rem
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
-from experiments.tuning import Tuning, trained, tuning
+from experiments.tuning import Tuning, settled, trained, tuning
 from experiments.work import Kind, Work
 from mtl import params
 from mtl.data.batches import BatchShape, batch_at
@@ -55,6 +55,7 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     preset, setup = read_settings(process.command_line(), kind)
     start = initial.open_start(setup.init) if setup.init else None
     setup = dataclasses.replace(setup, model=initial.with_model(setup.model, PRESETS[preset].model, start)) if start else setup
+    setup = settled(setup)
     at = process.place()
     process.prepare_environment(setup.deterministic)
     rules, shape = choose_layout(setup, at.world)

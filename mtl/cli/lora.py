@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -12,15 +11,13 @@ import torch
 import tyro
 
 import sharding_rules
+from experiments.adapters import adapters_of, read_adapters
 from experiments.initial import model_config, newest, open_start
 from mtl import checkpoint, tree
-from mtl.checkpoint.arrays import DTYPES
 from mtl.errors import UserError, unknown
-from mtl.lora.adapters import Lora, adapter_specs, merge, scale_specs
-from mtl.lora.peft import CONFIG, read_adapter, write_adapter
-from mtl.models import decoder
+from mtl.lora.adapters import merge
+from mtl.lora.peft import CONFIG, write_adapter
 from mtl.models.hf.family import write_config
-from mtl.params import abstract
 from mtl.runtime import process
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.shard_map import to_local
@@ -74,10 +71,7 @@ def merged(settings: Merge, at: process.Place) -> str:
     if base is None:
         raise UserError("--base is missing: name the model that the adapters were trained beside (hf:DIR, or a checkpoint's folder).")
     start = open_start(base)
-    if contents is None:
-        params, _ = read_adapter(settings.adapters, write_config(start.config, None)[0], start.config)
-    else:
-        params = adapters_of(contents, start.config)[0]
+    params = read_adapters(settings.adapters, start.config)[0] if contents is None else adapters_of(contents, start.config)[0]
     rules = sharding_rules.load("single")
     with process.process_group(at), contextlib.nullcontext(make_mesh(MeshShape(), "cpu")) as mesh:
         plain = tree.map(to_local, start.load(rules, mesh, torch.float32))
@@ -94,19 +88,5 @@ def exported(settings: Export) -> str:
     source = json.loads(contents.read("_hf/config.json")) if "_hf/config.json" in contents.files else None
     family, _ = write_config(config, source)
     name = settings.base_name or (contents.config.get("init") or "").removeprefix("hf:")
-    write_adapter(settings.out, family, config, params, name)
+    write_adapter(settings.out, family, config, params, name, lora)
     return f"{settings.out}: adapters of rank {lora.rank} beside {', '.join(params['layers'])}"
-
-
-def adapters_of(contents: checkpoint.Contents, config: decoder.Config) -> tuple[dict[str, Any], Lora]:
-    """Read a checkpoint's adapters with their scales, as whole tensors, and the settings that declare them."""
-    said: Any = contents.config.get("lora") if isinstance(contents.config, Mapping) else None
-    if not isinstance(said, Mapping) or not said.get("rank"):
-        raise UserError(f"{contents.path} holds no adapters: its run had no --lora.rank.")
-    settings = cast("Mapping[str, Any]", said)
-    lora = Lora(int(settings["rank"]), float(settings["alpha"]), tuple(settings["targets"]))
-    specs = adapter_specs(decoder.specs(config), lora)
-    kind = DTYPES[next(info.dtype for name, info in contents.arrays.items() if name.startswith("params."))]
-    params = checkpoint.restore(contents.path, {"params": abstract(specs, kind)})["params"]
-    scales = tree.map(lambda s: torch.full(s.shape, s.fill, dtype=kind), scale_specs(specs, lora))
-    return tree.join(params, scales), lora

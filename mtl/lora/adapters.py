@@ -30,6 +30,12 @@ class Lora:
     """Adapters count alpha / rank times."""
     targets: tuple[str, ...] = ("heads", "kv_heads", "mlp")
     """Logical axes (heads: query and out; kv_heads: key and value; mlp: up, gate and down) or names of projections (query, down, ...)."""
+    dropout: float = 0.0
+    """The share of an adapter's inputs that training drops, of each adapter others."""
+    rslora: bool = False
+    """Adapters count alpha / sqrt(rank) times."""
+    start: str | None = None
+    """Start from these adapters: a folder that PEFT wrote, or a run of mtl or its checkpoint. They bring rank, alpha and targets along."""
 
     def __post_init__(self) -> None:
         """Refuse what is no adapter."""
@@ -37,12 +43,19 @@ class Lora:
             raise UserError(f"lora.rank is {self.rank}: expected at least 1, or 0 for no adapters.")
         if not 0 < self.alpha < float("inf"):
             raise UserError(f"lora.alpha is {self.alpha}: expected a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is {self.dropout}: a dropout rate lies from 0 to under 1.")
         known = {*decoder.PROJECTIONS, *(axis for sides in decoder.PROJECTIONS.values() for axis in names("".join(sides)))}
         for target in self.targets:
             if target not in known:
                 raise unknown("target in lora.targets", target, known)
         if self.rank and not self.targets:
             raise UserError("lora.targets is empty: name at least one projection or axis, such as heads.")
+
+    @property
+    def scale(self) -> float:
+        """Say how often adapters count."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
 def adapter_specs(specs: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
@@ -58,7 +71,7 @@ def scale_specs(adapters: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     """Declare how often each adapter counts: one number a layer, which stays as it is."""
 
     def one(pair: Mapping[str, Any]) -> dict[str, Any]:
-        return {"lora": {"scale": ParamSpec(pair["lora"]["a"].shape[:1], "L", fill=lora.alpha / lora.rank)}}
+        return {"lora": {"scale": ParamSpec(pair["lora"]["a"].shape[:1], "L", fill=lora.scale)}}
 
     return {"layers": {name: one(pair) for name, pair in adapters["layers"].items()}}
 

@@ -40,8 +40,14 @@ Modules = dict[str, list[tuple[str, Row]]]
 """Their module's name, ``{}`` for the layer, to our projections in it."""
 
 
-def write_adapter(folder: Path, family: Family, config: decoder.Config, params: Mapping[str, Any], base: str = "") -> None:
-    """Write adapters, as whole tensors with their scales (``params["layers"][name]["lora"]`` has a, b and scale), as PEFT has them."""
+def write_adapter(
+    folder: Path, family: Family, config: decoder.Config, params: Mapping[str, Any], base: str = "", lora: Lora | None = None
+) -> None:
+    """Write adapters, as whole tensors with their scales (``params["layers"][name]["lora"]`` has a, b and scale), as PEFT has them.
+
+    ``lora`` says how they were trained, which PEFT notes beside.
+    """
+    rslora = lora is not None and lora.rslora
     pairs: dict[str, Any] = {name: p["lora"] for name, p in params["layers"].items() if "lora" in p}
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -55,7 +61,7 @@ def write_adapter(folder: Path, family: Family, config: decoder.Config, params: 
             for which, x in (("A", a), ("B", b)):
                 tensors[f"base_model.model.{module.format(layer)}.lora_{which}.weight"] = x.contiguous()
             ranks[module] = a.shape[0]
-        alphas[module] = scale * ranks[module]
+        alphas[module] = scale * (math.sqrt(ranks[module]) if rslora else ranks[module])
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     everything = _modules(family, config, [n for n in decoder.PROJECTIONS if n in decoder.specs(config)["layers"]])
     short = {module: _suffix(module, everything) for module in ranks}
@@ -65,13 +71,13 @@ def write_adapter(folder: Path, family: Family, config: decoder.Config, params: 
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": _short(alpha),
-        "lora_dropout": 0.0,
+        "lora_dropout": 0.0 if lora is None else lora.dropout,
         "target_modules": sorted(short.values()),
         "rank_pattern": {short[m]: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {short[m]: _short(x) for m, x in alphas.items() if x != alpha},
         "fan_in_fan_out": any(row.order[0] in decoder.PROJECTIONS[name][0] for members in modules.values() for name, row in members),
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": rslora,
         "use_dora": False,
         "modules_to_save": None,
         "inference_mode": True,
@@ -88,7 +94,8 @@ def write_adapter(folder: Path, family: Family, config: decoder.Config, params: 
 def read_adapter(folder: Path, family: Family, config: decoder.Config) -> tuple[dict[str, Any], Lora]:
     """Read a PEFT adapter for a model: the adapters with their scales as whole tensors, and the settings that declare them.
 
-    Everything that the files hold is used, or refused by name. Where ranks differ, adapters are filled up with zeros.
+    Everything that the files hold is used, or refused by name. Where ranks differ, adapters are filled up with zeros; the settings' alpha
+    is that of the first projection.
     """
     said = _config(folder)
     tensors = _tensors(folder)
@@ -120,7 +127,9 @@ def read_adapter(folder: Path, family: Family, config: decoder.Config) -> tuple[
         raise UserError(f"{folder / TENSORS} holds no adapter.")
     rank = max(p["lora"]["a"].shape[-1] for p in layers.values())
     layers = {name: {"lora": _filled(p["lora"], rank)} for name, p in layers.items()}
-    return {"layers": layers}, Lora(rank, float(next(iter(layers.values()))["lora"]["scale"][0]) * rank, tuple(layers))
+    scale, rslora = float(next(iter(layers.values()))["lora"]["scale"][0]), bool(said.get("use_rslora"))
+    alpha = _short(scale * (math.sqrt(rank) if rslora else rank))
+    return {"layers": layers}, Lora(rank, float(alpha), tuple(layers), float(said.get("lora_dropout") or 0.0), rslora)
 
 
 def _modules(family: Family, config: decoder.Config, chosen: list[str]) -> Modules:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtl import random
+from mtl.axes import LETTERS
 from mtl.errors import UserError, unknown
 from mtl.ops import alibi
 from mtl.ops.attention import attention
@@ -41,6 +42,7 @@ PROJECTIONS = {
     "up": ("D", "F"), "gate": ("D", "F"), "down": ("F", "D"),
 }  # fmt: skip
 """What each projection of a layer contracts, and what it makes."""
+DROPOUTS = ("dropout_embed", "dropout_attention", "dropout_mlp", "dropout_lora")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Config:
     dropout_embed: float = 0.0
     dropout_attention: float = 0.0
     dropout_mlp: float = 0.0
+    dropout_lora: float = 0.0
     z_loss: float = 0.0
     init_std: float = 0.02
     attention_impl: str = "auto"
@@ -106,7 +109,7 @@ class Config:
             raise UserError(f"model.window is {self.window}: a sliding window sees at least 1 token, or None for all.")
         if self.activation not in GATED | PLAIN:
             raise unknown("model.activation", self.activation, GATED | PLAIN)
-        for name in ("dropout_embed", "dropout_attention", "dropout_mlp"):
+        for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: a dropout rate lies from 0 to under 1.")
 
@@ -211,8 +214,10 @@ def beside(cfg: Config, par: Parallel, batch: Mapping[str, Tensor]) -> Stream:
         stream["positions"] = batch["positions"]
     if "documents" in batch:
         stream["documents"] = batch["documents"]
-    if cfg.dropout_embed or cfg.dropout_attention or cfg.dropout_mlp:
+    if any(getattr(cfg, name) for name in DROPOUTS):
         stream |= {"rows": batch["rows"], "slots": par.reshard(batch["slots"], "S", "R"), "key": batch["key"]}
+    if cfg.dropout_lora:
+        stream["inner_slots"] = batch["slots"]
     return stream
 
 
@@ -238,10 +243,10 @@ def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, sele
     if cfg.parallel == "none":
         x = x + attended
         h = par.reshard(_norm(cfg, p["norm2"], x), "BRD", "BSD")
-        return x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, again), stream, site=2)
+        return x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2)
     if cfg.parallel == "two_norms":
         h = par.reshard(_norm(cfg, p["norm2"], x), "BRD", "BSD")
-    return x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, again), stream, site=2)
+    return x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2)
 
 
 def head(cfg: Config, par: Parallel, params: Params, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -260,7 +265,7 @@ def logits(cfg: Config, par: Parallel, params: Params, x: Tensor) -> Tensor:
 
 def for_evaluation(cfg: Config) -> Config:
     """Give the same model without dropout."""
-    return replace(cfg, dropout_embed=0.0, dropout_attention=0.0, dropout_mlp=0.0)
+    return replace(cfg, **dict.fromkeys(DROPOUTS, 0.0))
 
 
 def layer_key(key: Tensor, layer: int) -> Tensor:
@@ -299,7 +304,8 @@ def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
 
 
 def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
-    q, k, v = project_all(par, h, p, {"query": "BSD,DHK->BSHK", "key": "BSD,DGK->BSGK", "value": "BSD,DGK->BSGK"})
+    drops = _drops(cfg, par, stream)
+    q, k, v = project_all(par, h, p, {"query": "BSD,DHK->BSHK", "key": "BSD,DGK->BSGK", "value": "BSD,DGK->BSGK"}, drops)
     norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
 
@@ -316,19 +322,22 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
         return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
 
     y = again(core)(q, k, v, norms, stream)
-    return project(par, "BSHK,DHK->BRD", y, p["out"])
+    return project(par, "BSHK,DHK->BRD", y, p["out"], drops.get("out"))
 
 
-def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, again: Any) -> Tensor:
-    inner = project_all(par, h, p, dict.fromkeys(("gate", "up") if cfg.activation in GATED else ("up",), "BSD,DF->BSF"))
+def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
+    drops = _drops(cfg, par, stream)
+    inner = project_all(par, h, p, dict.fromkeys(("gate", "up") if cfg.activation in GATED else ("up",), "BSD,DF->BSF"), drops)
 
     def activation(*inner: Tensor) -> Tensor:
         return GATED[cfg.activation](inner[0]) * inner[1] if cfg.activation in GATED else PLAIN[cfg.activation](inner[0])
 
-    def down(p: Params, *inner: Tensor) -> Tensor:
-        return project(par.keeping(), "BSF,DF->BRD", activation(*inner), p)
+    def down(p: Params, stream: Stream, *inner: Tensor) -> Tensor:
+        return project(par.keeping(), "BSF,DF->BRD", activation(*inner), p, _drops(cfg, par, stream).get("down"))
 
-    return again(down)(p["down"], *inner) if again is remat else project_of(par, "BSF,DF->BRD", activation, inner, p["down"])
+    if again is remat:
+        return again(down)(p["down"], {name: stream[name] for name in ("rows", "inner_slots", "key") if drops}, *inner)
+    return project_of(par, "BSF,DF->BRD", activation, inner, p["down"], drops.get("down"))
 
 
 def _drop(rate: float, par: Parallel, x: Tensor, stream: Stream, site: int) -> Tensor:
@@ -336,3 +345,16 @@ def _drop(rate: float, par: Parallel, x: Tensor, stream: Stream, site: int) -> T
         return x
     key = stream["key"] + random.key("dropout", site)
     return dropout(x, rate, key, stream["rows"], stream["slots"], par.sizes["seq"])
+
+
+def _drops(cfg: Config, par: Parallel, stream: Stream) -> dict[str, Any]:
+    """Give what drops the inputs of each projection's adapter, each its own."""
+    if cfg.dropout_lora == 0.0:
+        return {}
+
+    def one(name: str, x: Tensor) -> Tensor:
+        parts = [(par.span(c)[0], par.sizes[LETTERS[c]]) for c in PROJECTIONS[name][0]]
+        key = stream["key"] + random.key("adapter", name)
+        return dropout(x, cfg.dropout_lora, key, stream["rows"], stream["inner_slots"], par.sizes["seq"], parts)
+
+    return {name: partial(one, name) for name in PROJECTIONS}

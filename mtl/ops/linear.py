@@ -66,12 +66,18 @@ class _Move:
         return self.engine and len(self.gathers) == 1 and self.gathers[0][0] == 0 and split == 1
 
 
-def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any]) -> Tensor:
+Drop = Callable[[Tensor], Tensor]
+"""Drops some of what a low-rank adapter takes in, while it is trained."""
+
+
+def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any], drop: Drop | None = None) -> Tensor:
     """Multiply by a projection at rest: its weight and, where it has them, its bias and its low-rank adapter (`mtl.lora`)."""
-    return linear(par, spelling, x, p["weight"], p.get("bias"), p.get("lora"))
+    return linear(par, spelling, x, p["weight"], p.get("bias"), p.get("lora"), drop)
 
 
-def project_all(par: Parallel, x: Tensor, p: Mapping[str, Any], spellings: Mapping[str, str]) -> list[Tensor]:
+def project_all(
+    par: Parallel, x: Tensor, p: Mapping[str, Any], spellings: Mapping[str, str], drops: Mapping[str, Drop] | None = None
+) -> list[Tensor]:
     """Multiply one activation by several projections of a layer, name to spelling: in one product where their weights travel alike.
 
     Weights that lie side by side already are one parameter, under the projections' names `joined`.
@@ -80,8 +86,12 @@ def project_all(par: Parallel, x: Tensor, p: Mapping[str, Any], spellings: Mappi
     one = p.get(joined(spellings))
     ws = [p[name]["weight"] for name in spellings] if one is None else [one["weight"]]
     products = _products(par, operands[0][0], [right for _, right in operands], x, ws)
-    own = [p.get(name, {}) for name in spellings]
-    return [_finished(par, s, x, y, q.get("bias"), q.get("lora")) for s, y, q in zip(spellings.values(), products, own, strict=True)]
+
+    def finished(name: str, y: Tensor) -> Tensor:
+        own = p.get(name, {})
+        return _finished(par, spellings[name], x, y, own.get("bias"), own.get("lora"), (drops or {}).get(name))
+
+    return [finished(name, y) for name, y in zip(spellings, products, strict=True)]
 
 
 def joined(names: Iterable[str]) -> str:
@@ -96,20 +106,28 @@ def may_join(par: Parallel, letters: Sequence[str], ws: Sequence[Tensor]) -> boo
     return whole and all(move.gathers == moves[0].gathers for move in moves) and all(dim == 0 for dim, _, _ in moves[0].gathers)
 
 
-def project_of(par: Parallel, spelling: str, fn: Callable[..., Tensor], inner: Sequence[Tensor], p: Mapping[str, Any]) -> Tensor:
+def project_of(
+    par: Parallel, spelling: str, fn: Callable[..., Tensor], inner: Sequence[Tensor], p: Mapping[str, Any], drop: Drop | None = None
+) -> Tensor:
     """Multiply ``fn(*inner)``, which has the shape of ``inner[0]``, by a projection; keep ``inner`` alone for backward.
 
     Meant for an elementwise ``fn``: computing it again costs less than keeping what it made.
     """
     if "lora" in p:
-        return project(par, spelling, fn(*inner), p)
+        return project(par, spelling, fn(*inner), p, drop)
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
     y = _products(par, left, [right], inner[0], [p["weight"]], (fn, *inner))[0]
-    return _finished(par, spelling, inner[0], y, p.get("bias"), None)
+    return _finished(par, spelling, inner[0], y, p.get("bias"), None, None)
 
 
 def linear(
-    par: Parallel, spelling: str, x: Tensor, w: Tensor, bias: Tensor | None = None, lora: Mapping[str, Tensor] | None = None
+    par: Parallel,
+    spelling: str,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    lora: Mapping[str, Tensor] | None = None,
+    drop: Drop | None = None,
 ) -> Tensor:
     """Multiply an activation by a weight at rest.
 
@@ -118,17 +136,19 @@ def linear(
     adds its two thin products before that sum.
     """
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
-    return _finished(par, spelling, x, _products(par, left, [right], x, [w])[0], bias, lora)
+    return _finished(par, spelling, x, _products(par, left, [right], x, [w])[0], bias, lora, drop)
 
 
-def _finished(par: Parallel, spelling: str, x: Tensor, y: Tensor, bias: Tensor | None, lora: Mapping[str, Tensor] | None) -> Tensor:
+def _finished(
+    par: Parallel, spelling: str, x: Tensor, y: Tensor, bias: Tensor | None, lora: Mapping[str, Tensor] | None, drop: Drop | None
+) -> Tensor:
     """Bring a product to its spelled layout, with what is added to it."""
     operands, result = spelling.split("->")
     left, right = operands.split(",")
     shared = "".join(c for c in right if c in left)
     new = "".join(c for c in right if c not in left)
     if lora is not None:
-        (thin,) = _products(par, left, [f"{shared}_"], x, [lora["a"]])
+        (thin,) = _products(par, left, [f"{shared}_"], x if drop is None else drop(x), [lora["a"]])
         (more,) = _products(par, left[: -len(shared)] + "_", [f"_{new}"], thin * lora["scale"].to(x.dtype), [lora["b"]])
         y = y + more
     source = left[: -len(shared)] + new
