@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from mtl.errors import UserError
 from mtl.lora.adapters import Lora, adapter_specs
@@ -20,11 +21,12 @@ def name(case: tuple[str, int, str]) -> str:
     return "-".join(map(str, case))
 
 
-def check(ranks: Ranks, references: Path, table: str, world: int, model: str, **how: object) -> None:
-    path = references / f"lora-{model}.safetensors"
+def check(ranks: Ranks, references: Path, table: str, world: int, model: str, dropout: float = 0.0, **how: object) -> None:
+    path = references / f"lora-{model}-{dropout}.safetensors"
     if not path.exists():
-        ranks.run("tests.cases.lora:reference", 1, model=model, path=str(path))
-    found = ranks.run("tests.cases.lora:parity", world, table=table, world=world, model=model, path=str(path), **how)
+        ranks.run("tests.cases.lora:reference", 1, model=model, path=str(path), dropout=dropout)
+    rest = {"path": str(path), "dropout": dropout, **how}
+    found = ranks.run("tests.cases.lora:parity", world, table=table, world=world, model=model, **rest)
     assert found["error"] < 1e-9, found
     assert found["moved"] > 1e-6, "the adapters changed nothing"
 
@@ -32,6 +34,25 @@ def check(ranks: Ranks, references: Path, table: str, world: int, model: str, **
 @pytest.mark.parametrize("case", SOME, ids=name)
 def test_mesh_equals_one_device(ranks: Ranks, references: Path, case: tuple[str, int, str]) -> None:
     check(ranks, references, *case)
+
+
+@pytest.mark.parametrize("case", [("fsdp_tensor", 4, "llama"), ("context", 2, "mistral"), ("ulysses", 2, "gpt")], ids=name)
+def test_every_mesh_drops_the_same(ranks: Ranks, references: Path, case: tuple[str, int, str]) -> None:
+    check(ranks, references, *case, dropout=0.3)
+    plain, dropped = (load_file(references / f"lora-{case[2]}-{rate}.safetensors") for rate in (0.0, 0.3))
+    assert abs(plain["loss.0"] - dropped["loss.0"]) > 1e-6, "dropping changed nothing"
+
+
+@pytest.mark.parametrize("how", [{"remat": "full"}, {"remat": "selective", "micros": 3}, {"how": "step"}], ids=str)
+def test_remat_and_compile_drop_the_same(ranks: Ranks, references: Path, how: dict[str, object]) -> None:
+    check(ranks, references, "fsdp", 2, "llama", 0.3, **how)
+
+
+def test_each_adapter_loses_its_own_share(ranks: Ranks) -> None:
+    found = ranks.run("tests.cases.lora:dropped", 1)
+    assert found["lost"] == pytest.approx([0.3] * 7, abs=0.05)
+    assert found["mean"] == pytest.approx([1.0] * 7, abs=0.07)
+    assert found["alike"][0] == pytest.approx(0.7**2 + 0.3**2, abs=0.05), "masks of two adapters are independent"
 
 
 @pytest.mark.parametrize(

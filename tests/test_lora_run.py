@@ -4,17 +4,22 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from experiments.adapters import settled
 from mtl import checkpoint
 from mtl.cli import generate, hf, lora
 from mtl.errors import UserError
+from mtl.lora.adapters import Lora
+from mtl.models.hf.load import open_model
 from tests.compare import close
 
 ROOT = Path(__file__).parent.parent
@@ -74,9 +79,6 @@ def test_two_processes_train_the_same_adapters(trained: tuple[Path, Any, str], t
     place, _, _ = trained
     train(tmp_path / "two", "--init", f"hf:{place / 'base'}", "--mesh.tensor", "2", processes=2)
 
-    def losses(run: Path) -> list[float]:
-        return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
     assert losses(tmp_path / "two") == pytest.approx(losses(place / "run"), rel=1e-5)
 
 
@@ -89,6 +91,75 @@ def test_a_run_resumes(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
     train(tmp_path / "parts", *flags, "--resume", "must")
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("whole", "parts")]
     assert json.loads(lines[0])["loss"] == json.loads(lines[1])["loss"]
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def theirs(trained: tuple[Path, Any, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Have PEFT write an adapter of random values, scaled by the square root of its rank, with dropout."""
+    place = tmp_path_factory.mktemp("theirs")
+    asked = peft.LoraConfig(
+        r=5, lora_alpha=3, target_modules=["q_proj", "v_proj", "up_proj"], lora_dropout=0.1, use_rslora=True, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(trained[0] / "base"), asked).eval()
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=rng) * 0.2)
+    model.save_pretrained(place / "adapter")
+    return place / "adapter", model
+
+
+def test_training_goes_on_from_an_adapter_of_peft(trained: tuple[Path, Any, str], theirs: tuple[Path, Any], tmp_path: Path) -> None:
+    """A step that learns nothing leaves PEFT's adapter as it was, with its settings; one that learns changes it."""
+    flags = [
+        *FLAGS[2:8],
+        "--precision",
+        "fp32",
+        "--train.steps",
+        "1",
+        "--init",
+        f"hf:{trained[0] / 'base'}",
+        "--lora.start",
+        str(theirs[0]),
+    ]
+    for name, rate in (("still", "0"), ("moved", "0.02")):
+        run = [sys.executable, "experiments/pretrain.py", "tiny", *flags, "--optim.lr", rate, "--out", str(tmp_path / name)]
+        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lora.main(["export", str(tmp_path / name), "--out", str(tmp_path / f"{name}-peft")])
+    folders = (theirs[0], tmp_path / "still-peft", tmp_path / "moved-peft")
+    want, still, moved = (load_file(p / "adapter_model.safetensors") for p in folders)
+    assert want.keys() == still.keys() == moved.keys()
+    assert all(torch.equal(want[k], still[k]) for k in want) and any(not torch.equal(want[k], moved[k]) for k in want)
+    said, kept = (json.loads((p / "adapter_config.json").read_text()) for p in (theirs[0], tmp_path / "still-peft"))
+    for key in ("r", "lora_alpha", "use_rslora", "lora_dropout"):
+        assert kept[key] == said[key], key
+    assert sorted(kept["target_modules"]) == sorted(said["target_modules"])
+    with torch.no_grad():
+        again = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(trained[0] / "base").eval(), tmp_path / "still-peft")
+        close(again(IDS).logits, theirs[1](IDS).logits, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--lora.rank", "4"], "lora.rank is 4, but the adapters of lora.start have 5"),
+        (["--lora.targets", "down"], "lora.start has adapters beside query, value, up"),
+        (["--lora.start", "nowhere"], "nowhere does not exist"),
+    ],
+)
+def test_what_contradicts_the_adapter_is_named(
+    trained: tuple[Path, Any, str], theirs: tuple[Path, Any], tmp_path: Path, flags: list[str], says: str
+) -> None:
+    setup = Lora(start=str(theirs[0]))
+    changes = {"--lora.rank": {"rank": 4}, "--lora.targets": {"targets": ("down",)}, "--lora.start": {"start": "nowhere"}}[flags[0]]
+    with pytest.raises(UserError, match=says):
+        settled(replace(setup, **changes), open_model(trained[0] / "base").config)
 
 
 Refusal = Callable[[Path], list[str]]

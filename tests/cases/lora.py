@@ -2,6 +2,7 @@
 
 import collections
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import sharding_rules
 from mtl import tree
+from mtl.axes import LETTERS
 from mtl.lora import adapters as lora
 from mtl.lora.adapters import Lora
 from mtl.models import decoder
@@ -34,9 +36,9 @@ from tests.small import BATCH, MESHES, MODELS
 FP64, ADAPTERS = PRECISIONS["fp64"], Lora(3, 6.0)
 
 
-def place(table: str, world: int, model: str, micros: int = 1) -> tuple[Any, Parallel, int]:
+def place(table: str, world: int, model: str, micros: int = 1, dropout: float = 0.0) -> tuple[Any, Parallel, int]:
     """Lay out a run."""
-    config, rules, shape = MODELS[model], sharding_rules.load(table), MESHES[table][world]
+    config, rules, shape = replace(MODELS[model], dropout_lora=dropout), sharding_rules.load(table), MESHES[table][world]
     micro = BATCH // (math.prod(getattr(shape, axis) for axis in rules.act["batch"]) * micros)
     return config, parallel(config, rules, shape, micro, FP64), micro
 
@@ -46,9 +48,11 @@ def started(specs: Any) -> Any:
     return tree.map(lambda s: s if s.std else ParamSpec(s.shape, s.axes, 0.05), specs)
 
 
-def train(table: str, world: int, model: str, remat: str = "none", how: str = "none", micros: int = 1) -> dict[str, Tensor]:
+def train(
+    table: str, world: int, model: str, remat: str = "none", how: str = "none", micros: int = 1, dropout: float = 0.0
+) -> dict[str, Tensor]:
     """Train three steps in float64: losses, norms and adapters after; the frozen parameters must keep their bits."""
-    config, par, micro = place(table, world, model, micros)
+    config, par, micro = place(table, world, model, micros, dropout)
     fns, still = lora.trained(decoder, ADAPTERS), lora.frozen(decoder, ADAPTERS)
     specs = started(fns.specs(config))
     base = init(still.specs(config), par.rules, par.mesh, 7, torch.float64)
@@ -66,9 +70,9 @@ def train(table: str, world: int, model: str, remat: str = "none", how: str = "n
     return found | {path: p.full_tensor() for path, p in tree.paths(state.params)}
 
 
-def reference(model: str, path: str) -> None:
+def reference(model: str, path: str, dropout: float = 0.0) -> None:
     """Write what one device gets."""
-    save_file({k: v.clone().contiguous() for k, v in train("single", 1, model).items()}, path)
+    save_file({k: v.clone().contiguous() for k, v in train("single", 1, model, dropout=dropout).items()}, path)
 
 
 def parity(table: str, world: int, model: str, path: str, **how: Any) -> dict[str, Any]:
@@ -91,6 +95,18 @@ def merged(table: str, world: int, model: str) -> dict[str, float]:
     together, without = plain(lora.merge(params), data), plain(tree.join(None, lora.merge(_off(params))), data)
     size = apart.abs().max()
     return {"error": ((together - apart).abs().max() / size).item(), "change": ((without - apart).abs().max() / size).item()}
+
+
+def dropped() -> dict[str, list[float]]:
+    """Give the share that each adapter's inputs lose, the mean of what is left of ones, and how alike two adapters' masks are."""
+    config, par, _ = place("single", 1, "llama", dropout=0.3)
+    stream = {"rows": torch.arange(4), "inner_slots": torch.arange(par.sizes["seq"]), "key": torch.tensor(5)}
+    drops = decoder._drops(config, par, stream)
+    shapes = {name: [par.sizes[LETTERS[c]] for c in inner] for name, (inner, _) in decoder.PROJECTIONS.items()}
+    ones = {name: drop(torch.ones(4, par.sizes["seq"], *shapes[name], dtype=torch.float64)) for name, drop in drops.items()}
+    alike = ((ones["query"] == 0) == (ones["key"] == 0)).double().mean().item()
+    lost = [(x == 0).double().mean().item() for x in ones.values()]
+    return {"lost": lost, "mean": [x.mean().item() for x in ones.values()], "alike": [alike]}
 
 
 def _off(params: Any) -> Any:

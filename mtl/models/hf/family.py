@@ -110,7 +110,7 @@ def comparable(config: Config) -> Config:
     """Leave out what is chosen anew for every run: kernels, the loss's extra terms, how weights start, dropout, our order of pairs."""
     return replace(
         config, attention_impl="auto", loss_impl="auto", z_loss=0.0, init_std=0.02, dropout_embed=0.0, dropout_attention=0.0,
-        dropout_mlp=0.0, rope_pairs="half",
+        dropout_mlp=0.0, dropout_lora=0.0, rope_pairs="half",
     )  # fmt: skip
 
 
