@@ -57,7 +57,7 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     setup = dataclasses.replace(setup, model=initial.with_model(setup.model, PRESETS[preset].model, start)) if start else setup
     setup = settled(setup)
     at = process.place()
-    process.prepare_environment(setup.deterministic)
+    process.prepare_environment(setup.deterministic, tf32=setup.precision == "tf32")
     rules, shape = choose_layout(setup, at.world)
     setup = with_micro_batch(setup, rules, shape)
     precision = choose_precision(setup, at.device)

@@ -10,7 +10,7 @@ import torch
 @dataclass(frozen=True)
 class Precision:
     """Types for parameters and optimizer state, for compute, for gradients on the wire; whether the loss is scaled; whether layers'
-    projections are multiplied in 8 bits.
+    projections are multiplied in 8 bits, or float32 products rounded to TF32.
     """
 
     name: str
@@ -19,12 +19,14 @@ class Precision:
     reduce: torch.dtype
     scaled: bool = False
     fp8: bool = False
+    tf32: bool = False
 
 
 PRECISIONS: Mapping[str, Precision] = MappingProxyType(
     {
         "fp64": Precision("fp64", torch.float64, torch.float64, torch.float64),
         "fp32": Precision("fp32", torch.float32, torch.float32, torch.float32),
+        "tf32": Precision("tf32", torch.float32, torch.float32, torch.float32, tf32=True),
         "bf16": Precision("bf16", torch.float32, torch.bfloat16, torch.float32),
         "fp16": Precision("fp16", torch.float32, torch.float16, torch.float32, scaled=True),
         "fp8": Precision("fp8", torch.float32, torch.bfloat16, torch.float32, fp8=True),

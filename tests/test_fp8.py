@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mtl.kernels import fp8
+from mtl.precision import PRECISIONS
+from mtl.runtime import process
 from tests.ranks import Ranks
 
 
@@ -44,3 +46,13 @@ def test_a_model_trains_as_in_16_bits(ranks: Ranks) -> None:
     assert ((exact - rounded).abs() / exact[0]).max() < 0.02, "the task is learnt to nothing, so the gap is held against the first loss"
     spread = torch.tensor(ranks.run("tests.cases.fp8:losses", 2, table="fsdp")["fp8"])
     assert ((spread - rounded).abs() / exact[0]).max() < 0.02
+
+
+def test_tf32_is_a_setting_of_the_products() -> None:
+    """It says how float32 products run on NVIDIA GPUs, and leaves other precisions exact."""
+    try:
+        process.prepare_environment(tf32=PRECISIONS["tf32"].tf32)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        process.prepare_environment(tf32=PRECISIONS["fp32"].tf32)
+    assert torch.get_float32_matmul_precision() == "highest"

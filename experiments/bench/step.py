@@ -48,7 +48,7 @@ class Bench:
     accumulate: int = 1
     layers: int | None = None
     """Fewer layers than the preset has."""
-    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     remat: str = "none"
     reduce: Literal["float32", "bfloat16"] = "float32"
@@ -91,7 +91,7 @@ def main() -> None:
     """Time one configuration."""
     bench = tyro.cli(Bench, args=process.command_line(), config=(tyro.conf.AvoidSubcommands,))
     at = process.place()
-    process.prepare_environment()
+    process.prepare_environment(tf32=bench.precision == "tf32")
     with prepared(bench, at) as (setup, chosen, run):
         times: list[float] = []
         losses: list[float] = []

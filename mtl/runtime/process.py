@@ -58,7 +58,7 @@ def leave_together(code: int) -> None:
     _leave(code)
 
 
-def prepare_environment(deterministic: bool = False, cache: Path | None = None) -> None:
+def prepare_environment(deterministic: bool = False, cache: Path | None = None, tf32: bool = False) -> None:
     """Set what must be set before a process group or a kernel exists; what the user chose stays.
 
     What the compiler makes is kept in ``cache``, by default TORCHINDUCTOR_CACHE_DIR or the user's own cache folder: torch's default is a
@@ -68,6 +68,7 @@ def prepare_environment(deterministic: bool = False, cache: Path | None = None) 
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.absolute())
     elif "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (home := _user_cache()) is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "mtl" / "compiled")
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # with 8, a receive that waits can hold up other streams, and its sender
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # copy engines need none of it
     if deterministic:
