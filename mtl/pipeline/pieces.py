@@ -5,9 +5,9 @@ backward, in two parts: what the gradient of its input needs, and what is left f
 twice, and nothing again unless a remat inside asks for it. All that one part hands to the next is an explicit list of tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -135,14 +135,12 @@ def _take_apart(
     traced: GraphModule, results: list[Node], grad: Node, grads: list[Node | None], has_x: int, compile: Compile | None
 ) -> Piece:
     order = {node: i for i, node in enumerate(traced.graph.nodes)}  # placeholders come first: their numbers are the leaves'
-    for node in order:
-        if node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-            raise ValueError(f"{node.target} writes into its argument: a stage of a pipeline must be made of pure functions")
+    writers = _writers(order, grad)
     whole = [g for g in grads if g is not None]
     grad_x = grads[-1] if has_x else None
     late = {n for n in order if order[n] > order[grad]}
-    behind = _ancestors(whole, late)
-    first = _ancestors([grad_x], late) if grad_x is not None else set[Node]()
+    behind = _ancestors(whole, late, writers)
+    first = _ancestors([grad_x], late, writers) if grad_x is not None else set[Node]()
     second = behind - first
 
     def part(nodes: set[Node], wanted: list[Node]) -> Part:
@@ -153,7 +151,7 @@ def _take_apart(
             node = left.pop()
             if node in body or node in takes:
                 continue
-            again = node.op == "get_attr" or (node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _VIEWS)
+            again = node.op == "get_attr" or _is_view(node)
             if again and node not in late:
                 body.add(node)
                 left += node.all_input_nodes
@@ -165,7 +163,7 @@ def _take_apart(
     early = {n for n in order if order[n] < order[grad] and n.op not in ("placeholder", "output")}
     saved = [n for n in order if order[n] in needs.takes and n is not grad and n.op != "placeholder"]
     outs = list(dict.fromkeys([*results, *saved]))
-    forward = _extract_forward(traced, early, outs, order, compile)
+    forward = _extract_forward(traced, _ancestors(outs, early, writers), outs, order, compile)
     rest = [g for g in whole if g is not grad_x]
     weights = part(second, list(dict.fromkeys(rest)))
     carried = [n for n in first if order[n] in weights.takes]
@@ -178,21 +176,43 @@ def _take_apart(
     )  # fmt: skip
 
 
-def _extract_forward(traced: GraphModule, early: set[Node], outs: list[Node], order: dict[Node, int], compile: Compile | None) -> Part:
-    body = _ancestors(outs, early)
+def _extract_forward(traced: GraphModule, body: set[Node], outs: list[Node], order: dict[Node, int], compile: Compile | None) -> Part:
     takes = sorted({i for n in body for i in n.all_input_nodes if i.op == "placeholder"}, key=lambda n: order[n])
     return _extract(traced, sorted(body, key=lambda n: order[n]), takes, outs, order, compile)
 
 
-def _ancestors(nodes: Sequence[Node], inside: set[Node]) -> set[Node]:
+def _ancestors(nodes: Sequence[Node], inside: set[Node], writers: Mapping[Node, list[Node]]) -> set[Node]:
     found: set[Node] = set()
     left = list(nodes)
     while left:
         node = left.pop()
         if node in inside and node not in found:
             found.add(node)
-            left += node.all_input_nodes
+            left += [*node.all_input_nodes, *writers.get(node, ())]
     return found
+
+
+def _writers(order: Mapping[Node, int], grad: Node) -> dict[Node, list[Node]]:
+    """List, by tensor, the operations that write into it: whoever needs it needs them too. It must be made and written in the same half."""
+    found: dict[Node, list[Node]] = {}
+    for node in order:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or not getattr(schema, "is_mutable", False):
+            continue
+        for place, argument in enumerate(cast("Any", schema).arguments):
+            value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+            if argument.alias_info is None or not argument.alias_info.is_write or not isinstance(value, Node):
+                continue
+            while _is_view(value):
+                value = value.all_input_nodes[0]
+            if value.op == "placeholder" or (order[value] < order[grad]) != (order[node] < order[grad]):
+                raise ValueError(f"{node.target} writes into {value}, which is not its own: a pipeline's stage must be a pure function")
+            found.setdefault(value, []).append(node)
+    return found
+
+
+def _is_view(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _VIEWS
 
 
 def _extract(
