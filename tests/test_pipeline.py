@@ -48,7 +48,8 @@ PART = [
     case("gpt", 4, 3, {"pipe": 2, "fsdp": 2}, "1f1b", rules="zero1"),
     case("llama", 4, 2, {"pipe": 2}, "zb_v", how="block"),
     case("llama", 9, 6, {"pipe": 4}, "interleaved", groups=True),
-    case("llama", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_v", groups=True),
+    case("llama", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_v", groups=True, fused=True),
+    case("llama_tied", 4, 4, {"pipe": 2}, "zb_h1", fused=True, how="block"),
 ]
 """Every schedule, every kind of mesh, every remat, compiled, uneven, tied and with channels as GPUs have them at least once."""
 

@@ -37,14 +37,19 @@ Found = dict[str, Tensor]
 def train(
     model: str, layers: int, mesh: dict[str, int], micros: int, schedule: str | None = None, virtual: int | None = None,
     split: list[int] | None = None, rules: str | None = None, remat: str = "none", how: str = "none",
+    fused: bool = False,
 ) -> tuple[Found, dict[str, Any]]:  # fmt: skip
-    """Take steps and evaluate; give losses, norms, gradients of the first step and parameters as whole arrays, and what was counted."""
-    config, shape, policy = replace(MODELS[model], layers=layers), MeshShape(**mesh), PRECISIONS["fp64"]
+    """Take steps and evaluate; give losses, norms, gradients of the first step and parameters as whole arrays, and what was counted.
+
+    With ``fused`` the head keeps no logits, as on GPUs.
+    """
+    config = replace(MODELS[model], layers=layers, loss_impl="fused" if fused else MODELS[model].loss_impl)
+    shape, policy = MeshShape(**mesh), PRECISIONS["fp64"]
     table_name = rules or sharding_rules.choose(shape)
     rows = math.prod(getattr(shape, axis) for axis in sharding_rules.load(table_name).act["batch"])
     micro = ROWS // (rows * micros)
     par = parallel(config, sharding_rules.load(table_name), shape, micro, policy)
-    specs, options = decoder.specs(config), StepOptions(policy, remat, how, "aot_eager", clip=0.5, seed=3)
+    specs, options = decoder.specs(config), StepOptions(policy, remat=remat, compile=how, backend="aot_eager", clip=0.5, seed=3)
     optimizer = adamw(decayed(specs))
     state = init_state(specs, par.rules, par.mesh, 7, policy, optimizer)
     counted: dict[str, Any] = {}
