@@ -180,7 +180,8 @@ def make_fold(
 
     ``make`` compiles a kind of piece, `PIECE` layers at most: what ends one layer and begins the next is one kernel then.
     """
-    (first, count), pipe, inner = par.span("L", "store"), par.mesh.shape.pipe, stage_parallel(par)
+    (first, most), pipe, inner = par.span("L", "store"), par.mesh.shape.pipe, stage_parallel(par)
+    count = min(most, max(par.sizes["layers"] - first, 0))  # the last devices have fewer where they do not divide
     layers = [model.at_layer(config, i) for i in range(first, first + count)]
     length = max(n for n in range(1, PIECE + 1) if count % n == 0)
     pieces = [tuple(layers[i : i + length]) for i in range(0, count, length)]
