@@ -61,7 +61,8 @@ def jinja_template(source: Source, special: Sequence[str], roles: Sequence[str])
         try:
             return compiled.render(messages=messages, tools=chat.tools, documents=None, add_generation_prompt=prompt, **source.values)
         except Exception as error:  # the template is a program of its own and may fail in any way
-            raise UserError(f"{chat.where}: template {source.path} fails on this row: {type(error).__name__}: {error}.") from None
+            what = str(error).removesuffix(".")
+            raise UserError(f"{chat.where}: template {source.path} fails on this row: {type(error).__name__}: {what}.") from None
 
     def write(chat: Chat) -> list[Span]:
         _refuse_marks(chat)
