@@ -41,6 +41,7 @@ def name(one: Case) -> str:
 PART = [
     case("llama", 4, 4, {"pipe": 2}, "1f1b"),
     case("gpt", 9, 6, {"pipe": 4}, "interleaved"),
+    case("llama_tied", 7, 4, {"pipe": 3}, "zb_v"),
     case("alibi", 8, 12, {"pipe": 8}, "gpipe"),
     case("llama_tied", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_h1", remat="full"),
     case("mistral", 5, 4, {"pipe": 2, "replica": 2, "context": 2}, "zb_v", remat="selective"),

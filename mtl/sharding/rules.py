@@ -44,7 +44,7 @@ class Rules:
     def layout(self, table: str, axes: Sequence[str], shape: Sequence[int], mesh: MeshShape, what: str) -> Layout:
         """Place an array of logical ``axes`` and global ``shape`` by one of the tables store, compute, act.
 
-        Axis pipe splits the first dimension that lists it: the layers, or what has no layers along another.
+        Axis pipe splits the first dimension that lists it: the layers, or what has no layers along another, if that divides.
         """
         where = f"{what} {tuple(shape)} with axes ({', '.join(axes)}) on the mesh {mesh} under rules {self.name!r}"
         dims: list[Axes] = []
@@ -53,6 +53,8 @@ class Rules:
             if name not in rows:
                 raise UserError(f"{where}: no row for {name!r} in the {table.upper()} table.")
             split = tuple(a for a in rows[name] if getattr(mesh, a) > 1 and not (a == "pipe" and any("pipe" in d for d in dims)))
+            if "pipe" in split and name != "layers" and size % math.prod(getattr(mesh, a) for a in split):
+                split = tuple(a for a in split if a != "pipe")
             dims.append(self._fit(name, size, split, mesh, where))
         used = [a for axes_ in dims for a in axes_]
         for axis in used:
