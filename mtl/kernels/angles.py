@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl.precision import wide
+
 _library: Any = torch.library.Library("mtl", "DEF")
 _library.define("rotary_angles(Tensor positions, Tensor frequencies, float scale) -> (Tensor, Tensor)")
 
@@ -31,3 +33,17 @@ def rotary_angles(positions: Tensor, frequencies: Tensor, scale: float) -> tuple
     """
     op: Any = torch.ops.mtl.rotary_angles
     return op(positions, frequencies, scale)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = "half") -> Tensor:
+    """Turn the pairs of every head: x is [B, S, heads, K], cos and sin [B, S, K / 2].
+
+    ``pairs`` is "half" (element i pairs with i + K / 2) or "interleaved" (2 i with 2 i + 1).
+    """
+    dtype = wide(x.dtype)
+    cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+    wider = x.to(dtype)
+    a, b = wider.chunk(2, -1) if pairs == "half" else wider.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    out = torch.cat(turned, -1) if pairs == "half" else torch.stack(turned, -1).flatten(-2)
+    return out.to(x.dtype)

@@ -1,7 +1,8 @@
-"""Attention of one new token to a cache, on GPUs: one kernel that also puts the token's key and value into their slot.
+"""Attention of one new token to a cache, on GPUs: one kernel that also turns the query and key and puts key and value into their slot.
 
-As separate operations of a compiler these are six kernels or more, of about 2 us each, in every layer. The slots of a row are split over
-programs, so that one row keeps a GPU busy, and the last program of a row's head joins the parts.
+As separate operations of a compiler these are nine kernels or so, of about 2 us each, in every layer. The slots of a row are split over
+programs, so that one row keeps a GPU busy, and the last program of a row's head joins the parts. What multiprocessors are left ask for
+the weight of the next product meanwhile, so that it comes from memory, which is idle otherwise, into the cache that all share.
 """
 
 import functools
@@ -12,18 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl.kernels.angles import rotate
 from mtl.precision import wide
 
 BLOCK = 64
 """Slots read at once."""
 PROGRAMS = 264
 """About as many programs as a large GPU runs at once: two a multiprocessor."""
+AHEAD = 32 << 20
+"""Bytes of the next weight that are asked for: what the shared cache can keep."""
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _library: Any = torch.library.Library("mtl", "FRAGMENT")
 _library.define(
     "attend_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slot, Tensor places, Tensor positions, "
-    "Tensor(c!) turns, int? window, float scale) -> Tensor"
+    "Tensor(c!) turns, Tensor? cos, Tensor? sin, bool interleaved, Tensor? ahead, int? window, float scale) -> Tensor"
 )
 
 
@@ -31,8 +35,8 @@ def refuses(q: Tensor, keys: Tensor) -> str | None:
     """Say why the kernel cannot do this, or None."""
     if q.device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return "runs on CUDA devices with Triton"
-    if q.shape[1] != 1 or q.dtype not in TYPES or keys.dtype != q.dtype:
-        return "takes one new token a row, in bfloat16, float16 or float32"
+    if q.shape[1] != 1 or q.shape[3] % 2 or q.dtype not in TYPES or keys.dtype != q.dtype:
+        return "takes one new token a row and heads of even size, in bfloat16, float16 or float32"
     rows, size = _padded(q.shape[2] // keys.shape[2], q.shape[3])
     if rows * size > 1 << 14 or size > 256:
         return f"has no room for {q.shape[2] // keys.shape[2]} query heads of size {q.shape[3]} a key head"
@@ -40,21 +44,23 @@ def refuses(q: Tensor, keys: Tensor) -> str | None:
 
 
 def attend_cache(
-    q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], slot: Tensor, seen: tuple[Tensor, Tensor], turns: Tensor,
-    window: int | None, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], slot: Tensor, seen: tuple[Tensor, Tensor, Tensor],
+    turn: tuple[Tensor, Tensor, bool] | None, ahead: Tensor | None, window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Put k and v (B, 1, G, K) into ``slot`` [1] of the cache's keys and values (B, T, G, K), and attend with q (B, 1, H, K).
 
-    ``seen`` is (places (B, T), positions (B, 1)): slots seen stand at most ``window`` - 1 before the query's position. A slot outside
-    (0, T) puts nothing. ``turns``, int32 [B * G] of zeros at first, counts programs from call to call.
+    ``seen`` is (places (B, T), positions (B, 1), turns): slots seen stand at most ``window`` - 1 before the query's position, and turns,
+    int32 [B * G] of zeros at first, counts programs from call to call. A slot outside (0, T) puts nothing. With ``turn``, (cos, sin
+    (B, 1, K / 2), whether pairs are neighbours), q and k are turned before. ``ahead`` is a weight that is read next.
     """
     op: Any = torch.ops.mtl.attend_cache
-    return op(q, k, v, *cache, slot, *seen, turns, window, scale)
+    cos, sin, interleaved = turn or (None, None, False)
+    return op(q, k, v, *cache, slot, *seen, cos, sin, interleaved, ahead, window, scale)
 
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot: Tensor, places: Tensor, positions: Tensor, turns: Tensor,
-    window: int | None, scale: float,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, ahead: Tensor | None, window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Launch the kernel; see `attend_cache`."""
     (rows, _, heads, size), (slots, groups) = q.shape, keys.shape[1:3]
@@ -69,19 +75,24 @@ def launch(
     parts = torch.empty(pairs * splits * padded * wide if splits > 1 else 1, dtype=torch.float32, device=q.device)
     stats = torch.empty(2 * pairs * splits * padded if splits > 1 else 1, dtype=torch.float32, device=q.device)
     out = torch.empty(rows, 1, heads, size, dtype=q.dtype, device=q.device)
-    _kernel()[pairs, splits](
-        q, k, v, keys, values, slot, places, positions, parts, stats, turns, out,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, groups, window or 0, scale,
+    spare, rounds = (0, 0) if ahead is None else _spare(ahead, pairs * splits)
+    half = None if cos is None or sin is None else [x.contiguous() for x in (cos, sin)]
+    _kernel()[(pairs * splits + spare,)](
+        q, k, v, keys, values, slot, places, positions, *(half or (q, q)), q if ahead is None else ahead, parts, stats, turns, out,
+        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, groups, window or 0, scale, pairs,
         WINDOW=window is not None, GROUP=group, ROWS=padded, SIZE=size, WIDE=wide, BLOCK=block, CHUNK=chunk, SPLITS=splits,
+        TURN=0 if half is None else 1 + interleaved, SPARE=spare, AHEAD=rounds,
     )  # fmt: skip
     return out
 
 
 def plain(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot: Tensor, places: Tensor, positions: Tensor, turns: Tensor,
-    window: int | None, scale: float,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, ahead: Tensor | None, window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Do the same in separate operations: what the kernel means; see `attend_cache`."""
+    if cos is not None and sin is not None:
+        q, k = (rotate(x, cos, sin, "interleaved" if interleaved else "half") for x in (q, k))
     here = (torch.arange(keys.shape[1], device=q.device) == slot).view(1, -1, 1, 1)
     for cache, new in ((keys, k), (values, v)):
         cache.copy_(torch.where(here, new, cache))
@@ -95,6 +106,15 @@ def plain(
 
 def _shape(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def _spare(ahead: Tensor, busy: int) -> tuple[int, int]:
+    """Say how many multiprocessors are left, and how often each of them asks for 128 lines of 128 bytes of ``ahead``."""
+    if ahead.device.type != "cuda" or not ahead.is_contiguous():
+        return 0, 0
+    spare = max(torch.cuda.get_device_properties(ahead.device).multi_processor_count - busy, 0)
+    rounds = min(ahead.numel() * ahead.itemsize, AHEAD) // (max(spare, 1) << 14)
+    return (spare, rounds) if rounds else (0, 0)
 
 
 def _padded(group: int, size: int) -> tuple[int, int]:

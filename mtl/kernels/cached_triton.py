@@ -8,22 +8,41 @@ import triton.language as tl
 
 @triton.jit
 def attend(
-    q, k, v, keys, values, slot, places, positions, parts, stats, turns, out,
-    q_row, q_head, k_row, k_head, v_row, v_head, slots, heads, window, scale,
+    q, k, v, keys, values, slot, places, positions, cos, sin, ahead, parts, stats, turns, out,
+    q_row, q_head, k_row, k_head, v_row, v_head, slots, heads, window, scale, pairs,
     WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr, SPARE: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Attend with the GROUP queries of one key head to CHUNK slots; the last of a head's SPLITS programs joins their results.
 
-    The new key and value take the place of what lies in their slot, and the program that holds it writes them there.
+    The new key and value take the place of what lies in their slot, and the program that holds it writes them there. SPARE further
+    programs ask for the first bytes of ``ahead``, AHEAD times 128 lines each, and end. TURN is 1 where elements half a head apart are
+    pairs to turn, 2 where neighbours are.
     """
-    pair, part = tl.program_id(0), tl.program_id(1)
+    if SPARE > 0:  # noqa: SIM102 (known when this is compiled)
+        if tl.program_id(0) >= pairs * SPLITS:
+            begin = ahead.to(tl.int64, bitcast=True) + (tl.program_id(0) - pairs * SPLITS) * (AHEAD * 128 * 128)
+            for i in range(AHEAD):
+                line = begin + (i * 128 + tl.arange(0, 128)) * 128
+                tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)
+            return
+    pair, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     row, head = pair // heads, pair % heads
     m, d, at = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.load(slot)
     inside, used = d < SIZE, (m < GROUP)[:, None] & (d < SIZE)[None, :]
     queries = tl.load(q + row * q_row + (head * GROUP + m)[:, None] * q_head + d[None, :], mask=used, other=0.0)
     new_key = tl.load(k + row * k_row + head * k_head + d, mask=inside, other=0.0)
     new_value = tl.load(v + row * v_row + head * v_head + d, mask=inside, other=0.0)
+    if TURN > 0:
+        first = (d < SIZE // 2) if TURN == 1 else (d % 2 == 0)
+        partner = tl.where(first, d + SIZE // 2, d - SIZE // 2) if TURN == 1 else (d ^ 1)
+        angle = row * (SIZE // 2) + ((d % (SIZE // 2)) if TURN == 1 else (d // 2))
+        turned_by, side = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        side = tl.where(first, -side, side)
+        paired = tl.load(q + row * q_row + (head * GROUP + m)[:, None] * q_head + partner[None, :], mask=used, other=0.0)
+        queries = (queries.to(tl.float32) * turned_by[None, :] + paired.to(tl.float32) * side[None, :]).to(queries.dtype)
+        paired_key = tl.load(k + row * k_row + head * k_head + partner, mask=inside, other=0.0)
+        new_key = (new_key.to(tl.float32) * turned_by + paired_key.to(tl.float32) * side).to(new_key.dtype)
     here = tl.load(positions + row)
     cache = (row.to(tl.int64) * slots * heads + head) * SIZE
     if (at >= part * CHUNK) & (at < part * CHUNK + CHUNK) & (at < slots):

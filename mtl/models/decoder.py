@@ -312,13 +312,15 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
     def core(q: Tensor, k: Tensor, v: Tensor, norms: dict[str, Tensor], stream: Stream) -> Tensor:
         if cfg.qk_norm:
             q, k = rms_norm(q, norms["query_norm"], cfg.norm_eps), rms_norm(k, norms["key_norm"], cfg.norm_eps)
-        if cfg.positions == "rotary":
+        rotary = cfg.positions == "rotary"
+        if rotary and "cached_key" not in stream:
             q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
             v = v.contiguous()  # else it would keep the whole product alive for the backward pass
         if cfg.positions == "alibi":
             q, k, v = alibi.extend(par, q, k, v, stream["positions"])
         if "cached_key" in stream:
-            return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale)[..., : cfg.head_size]
+            pairs, ahead = cfg.rope_pairs if rotary else None, p["out"]["weight"]
+            return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs, ahead)[..., : cfg.head_size]
         return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
 
     y = again(core)(q, k, v, norms, stream)

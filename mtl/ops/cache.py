@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtl.kernels import cached
 from mtl.ops.attention import attention, own_heads
+from mtl.ops.rotary import rotate
 from mtl.precision import wide
 from mtl.sharding.collectives import pmax, psum
 from mtl.sharding.parallel import Parallel
@@ -29,22 +30,29 @@ def cached_attention(
     window: int | None = None,
     impl: str = "auto",
     scale: float | None = None,
+    pairs: str | None = None,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """Remember keys and values (B, S, G, K) and attend causally for queries (B, S, H, K).
+
+    With ``pairs`` queries and keys are turned before, by the stream's ``cos`` and ``sin``. ``ahead`` is a weight that is used next.
 
     A stream without ``cached_slot`` is a prompt's: it fills the first slots of the cache and attends to itself. With it, [S], key i goes to
     that slot of this device's part (a number outside is another device's), and the queries at ``positions`` (B, S) see every slot whose
     ``cached_place`` (B, T) they reach; ``cached_turns`` is the kernel's own.
     """
     keys, values = stream["cached_key"], stream["cached_value"]
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if "cached_slot" in stream and impl == "auto" and _alone(par, q, keys):
+        turn = None if pairs is None else (stream["cos"], stream["sin"], pairs == "interleaved")
+        seen = stream["cached_place"], stream["positions"], stream["cached_turns"]
+        return cached.attend_cache(q, k, v, (keys, values), stream["cached_slot"], seen, turn, ahead, window, factor)
+    if pairs is not None:
+        q, k = (rotate(x, stream["cos"], stream["sin"], pairs) for x in (q, k))
     if "cached_slot" not in stream:
         keys[:, : k.shape[1]].copy_(k)
         values[:, : v.shape[1]].copy_(v)
         return attention(par, q, k, v, window, None, impl, scale)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if impl == "auto" and _alone(par, q, keys):
-        seen = stream["cached_place"], stream["positions"]
-        return cached.attend_cache(q, k, v, (keys, values), stream["cached_slot"], seen, stream["cached_turns"], window, factor)
     put(keys, k, stream["cached_slot"])
     put(values, v, stream["cached_slot"])
     seen = visible(stream["cached_place"], stream["positions"], window)

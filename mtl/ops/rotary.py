@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mtl.errors import UserError, unknown
-from mtl.kernels.angles import rotary_angles
-from mtl.precision import wide
+from mtl.kernels.angles import rotary_angles, rotate
+
+__all__ = ["KINDS", "RopeScaling", "angles", "frequencies", "rotate"]
 
 KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
 
@@ -74,20 +75,6 @@ def angles(
     scaling = scaling or RopeScaling()
     scale = scaling.attention_factor if scaling.kind == "yarn" else 1.0
     return rotary_angles(positions, frequencies(head_size, theta, scaling, positions.device, lengths), scale)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = "half") -> Tensor:
-    """Turn the pairs of every head: x is [B, S, heads, K], cos and sin [B, S, K / 2].
-
-    ``pairs`` is "half" (element i pairs with i + K / 2) or "interleaved" (2 i with 2 i + 1).
-    """
-    dtype = wide(x.dtype)
-    cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
-    wider = x.to(dtype)
-    a, b = wider.chunk(2, -1) if pairs == "half" else wider.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (a * cos - b * sin, b * cos + a * sin)
-    out = torch.cat(turned, -1) if pairs == "half" else torch.stack(turned, -1).flatten(-2)
-    return out.to(x.dtype)
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:
