@@ -62,8 +62,7 @@ def test_the_kernel_is_what_it_means(shape: tuple[int, ...], turn: bool | None, 
     positions = torch.full((rows, 1), count, device="cuda")
     turns = torch.zeros(rows * heads, dtype=torch.int32, device="cuda")
     angles = (None, None) if turn is None else (torch.randn(rows, 1, size // 2, device="cuda") for _ in range(2))
-    ahead = torch.zeros(1 << 20, device="cuda")
-    rest = torch.tensor([slot], device="cuda"), places, positions, turns, *angles, bool(turn), ahead, window, size**-0.5
+    rest = torch.tensor([slot], device="cuda"), places, positions, turns, *angles, bool(turn), window, size**-0.5
     copies = [x.clone() for x in cache]
     want = cached.plain(q, k, v, *copies, *rest)
     for _ in range(3):

@@ -1,8 +1,7 @@
 """Attention of one new token to a cache, on GPUs: one kernel that also turns the query and key and puts key and value into their slot.
 
 As separate operations of a compiler these are nine kernels or so, of about 2 us each, in every layer. The slots of a row are split over
-programs, so that one row keeps a GPU busy, and the last program of a row's head joins the parts. What multiprocessors are left ask for
-the weight of the next product meanwhile, so that it comes from memory, which is idle otherwise, into the cache that all share.
+programs, so that one row keeps a GPU busy, and the last program of a row's head joins the parts.
 """
 
 import functools
@@ -20,14 +19,12 @@ BLOCK = 64
 """Slots read at once."""
 PROGRAMS = 264
 """About as many programs as a large GPU runs at once: two a multiprocessor."""
-AHEAD = 32 << 20
-"""Bytes of the next weight that are asked for: what the shared cache can keep."""
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _library: Any = torch.library.Library("mtl", "FRAGMENT")
 _library.define(
     "attend_cache(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor slot, Tensor places, Tensor positions, "
-    "Tensor(c!) turns, Tensor? cos, Tensor? sin, bool interleaved, Tensor? ahead, int? window, float scale) -> Tensor"
+    "Tensor(c!) turns, Tensor? cos, Tensor? sin, bool interleaved, int? window, float scale) -> Tensor"
 )
 
 
@@ -45,22 +42,22 @@ def refuses(q: Tensor, keys: Tensor) -> str | None:
 
 def attend_cache(
     q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], slot: Tensor, seen: tuple[Tensor, Tensor, Tensor],
-    turn: tuple[Tensor, Tensor, bool] | None, ahead: Tensor | None, window: int | None, scale: float,
+    turn: tuple[Tensor, Tensor, bool] | None, window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Put k and v (B, 1, G, K) into ``slot`` [1] of the cache's keys and values (B, T, G, K), and attend with q (B, 1, H, K).
 
     ``seen`` is (places (B, T), positions (B, 1), turns): slots seen stand at most ``window`` - 1 before the query's position, and turns,
     int32 [B * G] of zeros at first, counts programs from call to call. A slot outside (0, T) puts nothing. With ``turn``, (cos, sin
-    (B, 1, K / 2), whether pairs are neighbours), q and k are turned before. ``ahead`` is a weight that is read next.
+    (B, 1, K / 2), whether pairs are neighbours), q and k are turned before.
     """
     op: Any = torch.ops.mtl.attend_cache
     cos, sin, interleaved = turn or (None, None, False)
-    return op(q, k, v, *cache, slot, *seen, cos, sin, interleaved, ahead, window, scale)
+    return op(q, k, v, *cache, slot, *seen, cos, sin, interleaved, window, scale)
 
 
 def launch(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot: Tensor, places: Tensor, positions: Tensor, turns: Tensor,
-    cos: Tensor | None, sin: Tensor | None, interleaved: bool, ahead: Tensor | None, window: int | None, scale: float,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Launch the kernel; see `attend_cache`."""
     (rows, _, heads, size), (slots, groups) = q.shape, keys.shape[1:3]
@@ -75,20 +72,19 @@ def launch(
     parts = torch.empty(pairs * splits * padded * wide if splits > 1 else 1, dtype=torch.float32, device=q.device)
     stats = torch.empty(2 * pairs * splits * padded if splits > 1 else 1, dtype=torch.float32, device=q.device)
     out = torch.empty(rows, 1, heads, size, dtype=q.dtype, device=q.device)
-    spare, rounds = (0, 0) if ahead is None else _spare(ahead, pairs * splits)
     half = None if cos is None or sin is None else [x.contiguous() for x in (cos, sin)]
-    _kernel()[(pairs * splits + spare,)](
-        q, k, v, keys, values, slot, places, positions, *(half or (q, q)), q if ahead is None else ahead, parts, stats, turns, out,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, groups, window or 0, scale, pairs,
+    _kernel()[pairs, splits](
+        q, k, v, keys, values, slot, places, positions, *(half or (q, q)), parts, stats, turns, out,
+        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, groups, window or 0, scale,
         WINDOW=window is not None, GROUP=group, ROWS=padded, SIZE=size, WIDE=wide, BLOCK=block, CHUNK=chunk, SPLITS=splits,
-        TURN=0 if half is None else 1 + interleaved, SPARE=spare, AHEAD=rounds,
+        TURN=0 if half is None else 1 + interleaved,
     )  # fmt: skip
     return out
 
 
 def plain(
     q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slot: Tensor, places: Tensor, positions: Tensor, turns: Tensor,
-    cos: Tensor | None, sin: Tensor | None, interleaved: bool, ahead: Tensor | None, window: int | None, scale: float,
+    cos: Tensor | None, sin: Tensor | None, interleaved: bool, window: int | None, scale: float,
 ) -> Tensor:  # fmt: skip
     """Do the same in separate operations: what the kernel means; see `attend_cache`."""
     if cos is not None and sin is not None:
@@ -106,15 +102,6 @@ def plain(
 
 def _shape(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
-
-
-def _spare(ahead: Tensor, busy: int) -> tuple[int, int]:
-    """Say how many multiprocessors are left, and how often each of them asks for 128 lines of 128 bytes of ``ahead``."""
-    if ahead.device.type != "cuda" or not ahead.is_contiguous():
-        return 0, 0
-    spare = max(torch.cuda.get_device_properties(ahead.device).multi_processor_count - busy, 0)
-    rounds = min(ahead.numel() * ahead.itemsize, AHEAD) // (max(spare, 1) << 14)
-    return (spare, rounds) if rounds else (0, 0)
 
 
 def _padded(group: int, size: int) -> tuple[int, int]:

@@ -8,25 +8,17 @@ import triton.language as tl
 
 @triton.jit
 def attend(
-    q, k, v, keys, values, slot, places, positions, cos, sin, ahead, parts, stats, turns, out,
-    q_row, q_head, k_row, k_head, v_row, v_head, slots, heads, window, scale, pairs,
+    q, k, v, keys, values, slot, places, positions, cos, sin, parts, stats, turns, out,
+    q_row, q_head, k_row, k_head, v_row, v_head, slots, heads, window, scale,
     WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr, SPARE: tl.constexpr, AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Attend with the GROUP queries of one key head to CHUNK slots; the last of a head's SPLITS programs joins their results.
 
-    The new key and value take the place of what lies in their slot, and the program that holds it writes them there. SPARE further
-    programs ask for the first bytes of ``ahead``, AHEAD times 128 lines each, and end. TURN is 1 where elements half a head apart are
-    pairs to turn, 2 where neighbours are.
+    The new key and value take the place of what lies in their slot, and the program that holds it writes them there. TURN is 1
+    where elements half a head apart are pairs to turn, 2 where neighbours are.
     """
-    if SPARE > 0:  # noqa: SIM102 (known when this is compiled)
-        if tl.program_id(0) >= pairs * SPLITS:
-            begin = ahead.to(tl.int64, bitcast=True) + (tl.program_id(0) - pairs * SPLITS) * (AHEAD * 128 * 128)
-            for i in range(AHEAD):
-                line = begin + (i * 128 + tl.arange(0, 128)) * 128
-                tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)
-            return
-    pair, part = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    pair, part = tl.program_id(0), tl.program_id(1)
     row, head = pair // heads, pair % heads
     m, d, at = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.load(slot)
     inside, used = d < SIZE, (m < GROUP)[:, None] & (d < SIZE)[None, :]
@@ -73,7 +65,7 @@ def attend(
         tl.store(result, (mixed / total[:, None]).to(out.dtype.element_ty), mask=used)
     else:
         mine = pair * SPLITS + part
-        tl.store(parts + (mine * ROWS + m)[:, None] * WIDE + d[None, :], mixed)
+        tl.store(parts + (mine * ROWS + m)[:, None] * WIDE + d[None, :], mixed, mask=used)
         tl.store(stats + 2 * mine * ROWS + m, most)
         tl.store(stats + (2 * mine + 1) * ROWS + m, total)
         tl.debug_barrier()
@@ -82,12 +74,13 @@ def attend(
             most = tl.full([ROWS], float("-inf"), tl.float32)
             total = tl.zeros([ROWS], tl.float32)
             mixed = tl.zeros([ROWS, WIDE], tl.float32)
-            for other in range(pair * SPLITS, pair * SPLITS + SPLITS):
+            for i in tl.range(0, SPLITS, loop_unroll_factor=8):  # so that many loads are under way at once
+                other = pair * SPLITS + i
                 theirs = tl.load(stats + 2 * other * ROWS + m, cache_modifier=".cg")
                 top = tl.maximum(most, theirs)
                 safe = tl.where(top == float("-inf"), 0.0, top)
                 keep, add = tl.exp(most - safe), tl.exp(theirs - safe)
-                more = tl.load(parts + (other * ROWS + m)[:, None] * WIDE + d[None, :], cache_modifier=".cg")
+                more = tl.load(parts + (other * ROWS + m)[:, None] * WIDE + d[None, :], mask=used, other=0.0, cache_modifier=".cg")
                 mixed = mixed * keep[:, None] + more * add[:, None]
                 total = total * keep + tl.load(stats + (2 * other + 1) * ROWS + m, cache_modifier=".cg") * add
                 most = top

@@ -319,8 +319,8 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
         if cfg.positions == "alibi":
             q, k, v = alibi.extend(par, q, k, v, stream["positions"])
         if "cached_key" in stream:
-            pairs, ahead = cfg.rope_pairs if rotary else None, p["out"]["weight"]
-            return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs, ahead)[..., : cfg.head_size]
+            pairs = cfg.rope_pairs if rotary else None
+            return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs)[..., : cfg.head_size]
         return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
 
     y = again(core)(q, k, v, norms, stream)

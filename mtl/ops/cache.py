@@ -31,11 +31,10 @@ def cached_attention(
     impl: str = "auto",
     scale: float | None = None,
     pairs: str | None = None,
-    ahead: Tensor | None = None,
 ) -> Tensor:
     """Remember keys and values (B, S, G, K) and attend causally for queries (B, S, H, K).
 
-    With ``pairs`` queries and keys are turned before, by the stream's ``cos`` and ``sin``. ``ahead`` is a weight that is used next.
+    With ``pairs`` queries and keys are turned before, by the stream's ``cos`` and ``sin``.
 
     A stream without ``cached_slot`` is a prompt's: it fills the first slots of the cache and attends to itself. With it, [S], key i goes to
     that slot of this device's part (a number outside is another device's), and the queries at ``positions`` (B, S) see every slot whose
@@ -46,7 +45,7 @@ def cached_attention(
     if "cached_slot" in stream and impl == "auto" and _alone(par, q, keys):
         turn = None if pairs is None else (stream["cos"], stream["sin"], pairs == "interleaved")
         seen = stream["cached_place"], stream["positions"], stream["cached_turns"]
-        return cached.attend_cache(q, k, v, (keys, values), stream["cached_slot"], seen, turn, ahead, window, factor)
+        return cached.attend_cache(q, k, v, (keys, values), stream["cached_slot"], seen, turn, window, factor)
     if pairs is not None:
         q, k = (rotate(x, stream["cos"], stream["sin"], pairs) for x in (q, k))
     if "cached_slot" not in stream:
