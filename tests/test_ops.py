@@ -325,7 +325,7 @@ def losses(par: Parallel, impl: str, letters: str, z_loss: float) -> tuple[Any, 
 @pytest.mark.parametrize("letters", ["DV", "VD"])
 @pytest.mark.parametrize("impl", ["plain", "fused"])
 def test_cross_entropy(one: One, monkeypatch: pytest.MonkeyPatch, impl: str, letters: str, z_loss: float, tile: int) -> None:
-    monkeypatch.setattr(head, "TILE", tile)
+    monkeypatch.setattr(head, "LOGITS", tile * VOCAB * 8)
     got, want, inputs = losses(one(vocab=VOCAB, embed=WIDTH), impl, letters, z_loss)
     close(got, want)
     close(torch.autograd.grad(got[0] * 0.37, inputs), torch.autograd.grad(want[0] * 0.37, inputs))
@@ -341,7 +341,7 @@ def test_fused_cross_entropy_keeps_to_its_tiles(one: One, monkeypatch: pytest.Mo
             self.most = max([self.most, *(s.numel() // VOCAB for s in shapes if s[-1:] == (VOCAB,) and s != (WIDTH, VOCAB))])
             return out
 
-    monkeypatch.setattr(head, "TILE", 5)
+    monkeypatch.setattr(head, "LOGITS", 5 * VOCAB * 8)
     x, w = draw(0, *TOKENS, WIDTH), draw(1, WIDTH, VOCAB)
     targets, weights = torch.zeros(TOKENS, dtype=torch.int64), torch.ones(TOKENS)
     found = {}

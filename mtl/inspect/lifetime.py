@@ -1,6 +1,5 @@
 """How long every buffer of a record lives, and what is alive when: as Python holds them, or as a compiler that fuses kernels would."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -68,12 +67,6 @@ def eager(trace: Trace) -> Life:
             spans[buffer] = (min(after[i], last), max(min(after[i], last), min(after[min(died + 1, len(trace.ops))] - 1, last)))
     steps = tuple((op, min(after[i], last)) for i, op in enumerate(trace.ops))
     return Life(kernels, spans, _rounded(trace), _kinds(trace, trace.ops), steps)
-
-
-def compiled(trace: Trace, overlap: int, devices: int) -> Life:
-    """Fuse, and add what measurements show beyond that."""
-    life = fused(trace, overlap)
-    return _as_measured(life.kernels, life, overlap, devices)
 
 
 def fused(trace: Trace, overlap: int = 0, plain: tuple[str, ...] = ()) -> Life:
@@ -187,30 +180,6 @@ def _stretch(kernels: Sequence[Kernel], spans: dict[int, tuple[int, int]], kinds
         for b in (*k.op.reads, *k.op.makes):
             if b in spans:
                 spans[b] = (spans[b][0], max(spans[b][1], later.place))
-
-
-def _as_measured(kernels: Sequence[Kernel], life: Life, overlap: int, devices: int) -> Life:
-    """Add what measured peaks of compiled steps have and the record does not explain (docs/planner.md lists the measurements).
-
-    A fused head keeps the logits of every tile until it is done (with overlap, until the first sums have been collected), and two copies
-    of the head's gradient in float32 are there, but for several devices without overlap.
-    """
-    spans, sizes, kinds = dict(life.spans), dict(life.sizes), dict(life.kinds)
-    head = [k for k in kernels if k.op.scope == "head"]
-    products = [(k, after) for k, after in itertools.pairwise(head) if k.op.kind == "matmul"]
-    tiles = [k for k, after in products if after.op.kind == "reduction"]
-    if len(products) < 3 or not tiles:
-        return replace(life, spans=spans, sizes=sizes, kinds=kinds)
-    last = head[-1].place
-    if overlap:
-        sums = [k.place for k in kernels if k.place > last and sums_gradients(k.op, kinds)]
-        last = sums[min(overlap, len(sums) - 1)] if sums else last
-    for b in (b for k in tiles for b in k.op.makes):
-        spans[b] = (spans[b][0], max(spans[b][1], last))
-    if overlap or devices == 1:
-        gradient = max(k.op.shape[1] * k.op.shape[2] for k, _ in products if k.op.shape[1] == tiles[0].op.shape[3])
-        spans[-1], sizes[-1], kinds[-1] = (tiles[0].place, last), 8 * gradient, "gradients"
-    return replace(life, spans=spans, sizes=sizes, kinds=kinds)
 
 
 def _once(ops: Sequence[Op], trace: Trace) -> list[Op]:

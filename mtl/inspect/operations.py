@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-MATMULS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm")
+MATMULS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "head_logits", "head_pull_")
 REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "logsumexp", "var_mean", "native_layer_norm", "native_layer_norm_backward", "prod")
 OPAQUE = (
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",
@@ -40,6 +40,8 @@ def matmul_shape(name: str, args: Any) -> tuple[int, ...]:
     """Give (batch, m, n, k) of a matrix product; () for anything else."""
     if name not in MATMULS:
         return ()
+    if name == "head_pull_":  # gradients of the head, of its input, or of both
+        return (int(args[1] is not None) + int(args[-1]), args[2].shape[0], args[3].shape[0], args[3].shape[1])
     a, b = (args[1], args[2]) if name in ("addmm", "baddbmm") else (args[0], args[1])
     batch = a.shape[0] if a.dim() == 3 else 1
     return (batch, a.shape[-2], b.shape[-1], a.shape[-1])

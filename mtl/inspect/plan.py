@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mtl.inspect import timing
 from mtl.inspect.count import Counts, count, extrapolate, needed
 from mtl.inspect.hardware import Device
-from mtl.inspect.lifetime import Life, compiled, eager, fused
+from mtl.inspect.lifetime import Life, eager, fused
 from mtl.inspect.record import Op, Trace, Wire
 from mtl.inspect.timing import Traffic, traffic
 from mtl.sharding.mesh import MeshShape
@@ -71,8 +71,7 @@ class Records:
             return fused(trace)
         if self.compile == "block":
             return fused(trace, plain=("embed", "head", "backward"))
-        devices = self.mesh.devices()
-        return compiled(trace, OVERLAP if devices > 1 else 0, devices) if self.gpu else fused(trace)
+        return fused(trace, OVERLAP if self.gpu and self.mesh.devices() > 1 else 0)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,22 @@ from torch.autograd import Function
 
 from mtl.axes import LETTERS
 from mtl.errors import unknown
+from mtl.kernels.logits import head_logits, head_pull_
 from mtl.ops.linear import fetch, linear
 from mtl.precision import wide
 from mtl.sharding.collectives import pmax, psum
 from mtl.sharding.parallel import Parallel
 
-TILE = 4096
-"""The fused head computes logits for this many tokens at a time."""
+LOGITS = 2**30 - 2**24
+"""The fused head computes logits for as many tokens at a time as make at most so many bytes."""
+EXACT = 2
+"""Up to so many tiles add up the head's gradient in the type of compute, rounding once each; the sum of more is kept in float32."""
+
+
+def tile_rows(tokens: int, columns: int, dtype: torch.dtype) -> int:
+    """Give how many tokens the fused head takes at a time: tiles of equal size, as few as fit."""
+    most = max(1, LOGITS // (columns * dtype.itemsize))
+    return -(-tokens // -(-tokens // most))
 
 
 def cross_entropy(
@@ -76,31 +85,22 @@ class _Fused(Function):
         x: Tensor, w: Tensor, targets: Tensor, weights: Tensor, par: Parallel, z_loss: float, wanted: tuple[bool, bool]
     ) -> tuple[Tensor, ...]:
         axes, (start, size) = par.axes("V"), par.span("V")
-        dtype = wide(x.dtype)
-        loss = torch.zeros((), dtype=dtype, device=x.device)
-        entropy = torch.zeros((), dtype=dtype, device=x.device)
+        real = min(par.sizes[LETTERS["V"]] - start, size)
+        dtype, tile = wide(x.dtype), tile_rows(x.shape[0], size, x.dtype)
+        loss, entropy = (torch.zeros((), dtype=dtype, device=x.device) for _ in range(2))
         dx: list[Tensor] = []
-        dw: Tensor | None = None
-        for xs, ts, ws in zip(x.split(TILE), targets.split(TILE), weights.to(dtype).split(TILE), strict=True):
-            logits = _hide_padding(par, (xs @ w).to(dtype))
-            top = pmax(logits.amax(-1), axes, par.mesh)
-            lse = top + psum((logits - top.unsqueeze(-1)).exp().sum(-1), axes, par.mesh).log()
-            local = ts - start
-            here = (local >= 0) & (local < size)
-            picked = torch.where(here, logits.gather(-1, local.clamp(0, size - 1).unsqueeze(-1)).squeeze(-1), 0.0)
+        dw = torch.empty_like(w, dtype=x.dtype if x.shape[0] <= EXACT * tile else dtype) if wanted[1] else None
+        for xs, ts, ws in zip(x.split(tile), (targets - start).split(tile), weights.to(dtype).split(tile), strict=True):
+            logits, top, total, picked = head_logits(xs, w, ts, real, dx[-1] if dx else None)
+            most = pmax(top, axes, par.mesh)
+            lse = most + psum(total * (top - most).exp(), axes, par.mesh).log()
             plain = ((lse - psum(picked, axes, par.mesh)) * ws).sum()
             entropy = entropy + plain
             loss = loss + plain + z_loss * (lse.square() * ws).sum()
-            hit = torch.arange(size, device=x.device) == local.unsqueeze(-1)
-            share = (logits - lse.unsqueeze(-1)).exp() * (1.0 + 2.0 * z_loss * lse).unsqueeze(-1)
-            dlogits = ((share - hit.to(dtype)) * ws.unsqueeze(-1)).to(x.dtype)
-            if wanted[0]:
-                dx.append(dlogits @ w.t())
-            if wanted[1]:
-                part = (xs.t() @ dlogits).to(dtype)
-                dw = part if dw is None else dw + part
+            if any(wanted):
+                dx.append(head_pull_(logits, dw, xs, w, ts, lse, (1.0 + 2.0 * z_loss * lse) * ws, ws, real, not dx, wanted[0]))
         none = torch.zeros((), dtype=dtype, device=x.device)
-        return loss, entropy, torch.cat(dx) if dx else none, none.clone() if dw is None else dw
+        return loss, entropy, torch.cat(dx) if wanted[0] else none, none.clone() if dw is None else dw
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -113,7 +113,7 @@ class _Fused(Function):
         dx, dw = ctx.saved_tensors
         grad = psum(grad, ctx.par.axes("V"), ctx.par.mesh)
         d_x = (dx.to(grad.dtype) * grad).to(dx.dtype) if ctx.needs_input_grad[0] else None
-        d_w = (dw * grad).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        d_w = (dw.to(grad.dtype) * grad).to(ctx.dtype) if ctx.needs_input_grad[1] else None
         return d_x, d_w, None, None, None, None, None
 
 
