@@ -1,5 +1,7 @@
 """Switched off must fail: collectives and products counted in the captured graph, for every table and remat choice."""
 
+import pytest
+
 from tests.ranks import Ranks
 
 LAYERS, WEIGHTS, TRIPS = 2, 7, 4  # query, key, value, out, gate, up, down; those that share an input travel together
@@ -75,3 +77,14 @@ def test_ulysses_turns_sequence_into_heads_and_back(ranks: Ranks) -> None:
 
 def test_a_step_is_one_graph(ranks: Ranks) -> None:
     assert counts(ranks, "fsdp_tensor", 4)["graphs"] == 1
+
+
+@pytest.mark.parametrize(("table", "world", "how"), [("single", 1, "none"), ("context", 2, "step")])
+def test_an_mlp_may_take_the_sequence_in_pieces(ranks: Ranks, table: str, world: int, how: str) -> None:
+    assert ranks.run("tests.cases.train:pieces_of_the_mlp", world, table=table, world=world, how=how)["error"] < 1e-9
+
+
+def test_pieces_of_an_mlp_compute_nothing_more_often(ranks: Ranks) -> None:
+    whole, pieces = (ranks.run("tests.cases.graphs:counts", 1, table="single", world=1, remat="full", pieces=n) for n in (1, 4))
+    # Forward gate, up and down; gate and up again; two products of each backward: for every piece, on a quarter of the tokens.
+    assert pieces["mm"] == whole["mm"] + 2 * 3 * (3 + 2 + 6)

@@ -14,28 +14,26 @@ WARPS = 16
 
 
 @triton.jit
-def _statistics(logits, targets, top, total, picked, stride, real, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202  # pyright: ignore
+def _statistics(logits, targets, top, total, picked, stride, real, BLOCK: tl.constexpr):  # pyright: ignore
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     columns = tl.arange(0, BLOCK)
-    most = tl.full((BLOCK,), float("-inf"), tl.float32)
+    most = tl.full((), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, real, BLOCK):
+    for start in range(0, real, BLOCK):  # at least one logit of every block is real, so that the largest is finite
         x = tl.load(logits + start + columns, mask=start + columns < real, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(most, x)
-        seen = higher > float("-inf")
-        sums = tl.where(seen, sums * tl.exp(most - higher) + tl.exp(x - higher), 0.0)
+        higher = tl.maximum(most, tl.max(x, 0))
+        sums = sums * tl.exp(most - higher) + tl.exp(x - higher)
         most = higher
-    largest = tl.max(most, 0)
-    tl.store(top + row, largest)
-    tl.store(total + row, tl.sum(tl.where(most > float("-inf"), sums * tl.exp(most - largest), 0.0), 0))
+    tl.store(top + row, most)
+    tl.store(total + row, tl.sum(sums, 0))
     target = tl.load(targets + row)
     here = (target >= 0) & (target < real)
     tl.store(picked + row, tl.load(logits + target, mask=here, other=0.0).to(tl.float32))
 
 
 @triton.jit
-def _to_gradient(logits, targets, lse, share, hit, stride, columns_in_all, real, BLOCK: tl.constexpr):  # noqa: ANN001, ANN202  # pyright: ignore
+def _to_gradient(logits, targets, lse, share, hit, stride, columns_in_all, real, BLOCK: tl.constexpr):  # pyright: ignore
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target, base = tl.load(targets + row), tl.load(lse + row)

@@ -37,6 +37,8 @@ PLAIN = {
     "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
 }
+MLP_BYTES = 2**32
+"""What is wider inside an MLP goes through it in pieces of the sequence, where the layer is computed again in backward."""
 PROJECTIONS = {
     "query": ("D", "HK"), "key": ("D", "GK"), "value": ("D", "GK"), "out": ("HK", "D"),
     "up": ("D", "F"), "gate": ("D", "F"), "down": ("F", "D"),
@@ -328,6 +330,27 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
 
 
 def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
+    names = ("gate", "up") if cfg.activation in GATED else ("up",)
+    pieces = 1 if cfg.dropout_lora else _pieces(par, h, len(names) * cfg.mlp)
+    if pieces > 1:
+        run = remat(lambda p, h: _whole_mlp(cfg, par, p, h, {}, again))
+        mine = {name: p[name] for name in (*names, "down")}
+        return torch.cat([run(mine, part) for part in h.tensor_split(pieces, 1)], 1)
+    return _whole_mlp(cfg, par, p, h, stream, again)
+
+
+def _pieces(par: Parallel, h: Tensor, wide: int) -> int:
+    """Count the pieces of the sequence that a layer computed again in backward takes through its MLP one by one.
+
+    Its forward there is not needed again, so that a compiled step computes nothing more often for it.
+    """
+    if par.regather or par.axes("R") != par.axes("S"):
+        return 1
+    columns = wide // par.mesh.size(par.axes("F"))
+    return min(h.shape[1], -(-h.shape[0] * h.shape[1] * columns * h.dtype.itemsize // MLP_BYTES))
+
+
+def _whole_mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
     drops = _drops(cfg, par, stream)
     inner = project_all(par, h, p, dict.fromkeys(("gate", "up") if cfg.activation in GATED else ("up",), "BSD,DF->BSF"), drops)
 

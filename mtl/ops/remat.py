@@ -39,7 +39,8 @@ class _Remat(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        tensors = list(ctx.saved_tensors)
+        # Inside another remat saved tensors may be wrappers of a torch.func level that has ended: a view is not.
+        tensors = [x.view_as(x) for x in ctx.saved_tensors]
         needed = [need for need, is_tensor in zip(ctx.needs_input_grad[2:], ctx.tensor, strict=True) if is_tensor]
         wanted = [i for i, x in enumerate(tensors) if x.is_floating_point() and needed[i]]
 

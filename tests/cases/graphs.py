@@ -30,7 +30,7 @@ KINDS = {
 }
 
 
-def counts(table: str, world: int, model: str = "llama", remat: str = "none", how: str = "step") -> dict[str, Any]:
+def counts(table: str, world: int, model: str = "llama", remat: str = "none", how: str = "step", pieces: int = 1) -> dict[str, Any]:
     """Count operations by kind over all graphs, and the elements that the largest gathered weight holds."""
     config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
@@ -53,5 +53,7 @@ def counts(table: str, world: int, model: str = "llama", remat: str = "none", ho
     params = gather_weights(par, tree.map(lambda s: s.axes, specs), params, precision.compute)
     data = {k: v if k == "slots" else v[0] for k, v in batch(par, config, 0, BATCH // rows, False).items()}
     data["key"] = torch.tensor(1)
+    usual, decoder.MLP_BYTES = decoder.MLP_BYTES, 16 * BATCH // rows * par.sizes["seq"] * config.mlp // pieces
     value_and_grad(loss, how, backend)(params, data, torch.tensor(1.0, dtype=torch.float64))
+    decoder.MLP_BYTES = usual
     return {**{kind: found[kind] for kind in KINDS}, "graphs": graphs}

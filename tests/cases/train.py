@@ -96,3 +96,12 @@ def parity(table: str, world: int, model: str, remat: str, how: str, micros: int
     errors = {k: ((got[k] - want[k]).abs().max() / want[k].abs().max().clamp(min=1e-30)).item() for k in want.keys() - idle}
     worst = max(errors, key=lambda k: errors[k] if errors[k] == errors[k] else float("inf"))
     return {"error": errors[worst], "where": worst, "moved": (want["loss.2"] - want["loss.0"]).abs().item()}
+
+
+def pieces_of_the_mlp(table: str, world: int, how: str) -> dict[str, float]:
+    """Give the largest relative error of three steps whose MLPs take the sequence in pieces, against steps that take it whole."""
+    want = train(table, world, "llama", "full", how, 1)
+    usual, decoder.MLP_BYTES = decoder.MLP_BYTES, 4096
+    got = train(table, world, "llama", "full", how, 1)
+    decoder.MLP_BYTES = usual
+    return {"error": max(((want[k] - got[k]).abs().max() / want[k].abs().max().clamp(min=1e-30)).item() for k in want)}
