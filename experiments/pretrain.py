@@ -131,7 +131,7 @@ def by_engine(setup: Experiment, at: process.Place) -> bool:
     if setup.transport == "engine" and not able and at.device.type != "cpu":  # on CPUs gloo stands in for them
         raise UserError("transport is engine: that needs NVIDIA GPUs of one host, one a process, that reach each other. Take nccl or auto.")
     return setup.transport == "engine" or (
-        setup.transport == "auto" and able and setup.compile in ("auto", "step") and setup.mesh.pipe == 1
+        setup.transport == "auto" and able and setup.compile in ("auto", "step") and setup.mesh.pipe in (1, at.world)
     )
 
 

@@ -145,8 +145,8 @@ class Experiment:
     precision: Literal["auto", "fp64", "fp32", "tf32", "bf16", "fp16", "fp8"] = "auto"
     """auto is bf16 on GPUs, fp32 elsewhere."""
     transport: Literal["auto", "nccl", "engine"] = "auto"
-    """How weights and gradients travel: by collectives, or by the copy engines of one host's GPUs. auto takes these where a compiled step
-    has several GPUs of one host that reach each other."""
+    """How weights, gradients and pipelines' messages travel: by collectives or by copy engines. auto takes these where a compiled step
+    has several GPUs of one host that reach each other, which are one pipeline or have none."""
     compile: Literal["auto", "none", "block", "step"] = "auto"
     """auto compiles the whole step on CUDA devices, nothing elsewhere."""
     remat: str = "none"
