@@ -21,7 +21,7 @@ SHAPES = [(1, 200, 2, 4, 32, None, 150), (3, 130, 1, 3, 24, 20, 129), (2, 500, 2
 """Rows, slots, key heads, queries a key head, their size, window, slot."""
 
 
-@pytest.mark.parametrize("backend", [None, "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", [None, "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_decoding_with_the_one_operation_writes_the_same_text(
     one: Callable[..., Parallel], monkeypatch: pytest.MonkeyPatch, model: str, backend: str | None

@@ -79,7 +79,7 @@ def test_a_step_is_one_graph(ranks: Ranks) -> None:
     assert counts(ranks, "fsdp_tensor", 4)["graphs"] == 1
 
 
-@pytest.mark.parametrize(("table", "world", "how"), [("single", 1, "none"), ("context", 2, "step")])
+@pytest.mark.parametrize(("table", "world", "how"), [("single", 1, "none"), pytest.param("context", 2, "step", marks=pytest.mark.slow)])
 def test_an_mlp_may_take_the_sequence_in_pieces(ranks: Ranks, table: str, world: int, how: str) -> None:
     assert ranks.run("tests.cases.train:pieces_of_the_mlp", world, table=table, world=world, how=how)["error"] < 1e-9
 
