@@ -2,6 +2,8 @@
 
 import pytest
 
+from mtl.kernels import copy_engine
+from mtl.runtime.overlap import DISTANCE
 from tests.ranks import Ranks
 
 
@@ -14,3 +16,8 @@ def test_gathers_start_ahead_and_sums_end_behind(ranks: Ranks, precision: str, e
     assert moved["gathers"] == plain["gathers"] > 15 and moved["scatters"] == plain["scatters"] > 8
     assert moved["in_flight"] <= 3, "no more than two gathers wait ahead"
     assert found["same"], "the moved graph gives bitwise the same result"
+
+
+def test_sums_have_slots_for_all_that_are_under_way() -> None:
+    """A sum is sent while so many before it are not collected: with a slot less it would wait for itself."""
+    assert all(copy_engine.slots("sum", size)[0] > DISTANCE for size in (1, 1 << 32))

@@ -20,8 +20,10 @@ from mtl.kernels import counters
 
 GATHERS, SUMS = 4, 3
 """How many gathers and sums may be under way at once."""
-LARGE = {"gather": 1 << 27, "sum": 1 << 29}
-"""Transfers of more bytes (vocabularies) go one at a time: several slots of their size would cost gigabytes."""
+LARGE = 1 << 27
+"""Gathers of more bytes a shard (vocabularies) go one at a time: several slots of their size would cost a gigabyte. Sums may not: a sum is
+sent before two earlier ones are collected, and would wait for a slot that only their collecting frees.
+"""
 PAGE = 4096
 
 _symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
@@ -189,16 +191,20 @@ for _name, _gpu, _cpu, _shape in (
 
 def _channel(kind: str, group: str, size: int) -> _Channel:
     """Give the channel of a group, with slots of at least ``size`` bytes: every member asks in the same order, so all grow it together."""
-    large = size > LARGE[kind]
+    large = _one_at_a_time(kind, size)
     known = _CHANNELS.get((kind, group, large))
     if known is None or known.bytes < size:
         _CHANNELS[kind, group, large] = known = _open(*slots(kind, size), group, None if known is None else known.stream)
     return known
 
 
+def _one_at_a_time(kind: str, size: int) -> bool:
+    return kind == "gather" and size > LARGE
+
+
 def slots(kind: str, size: int) -> tuple[int, int]:
     """Give how many slots a channel has whose largest transfer is of ``size`` bytes, and the bytes of each."""
-    count = 1 if size > LARGE[kind] else {"gather": GATHERS, "sum": SUMS}[kind]
+    count = 1 if _one_at_a_time(kind, size) else {"gather": GATHERS, "sum": SUMS}[kind]
     return count, -(-size // PAGE) * PAGE
 
 
@@ -206,7 +212,7 @@ def room(transfers: Iterable[tuple[str, str, int]]) -> int:
     """Count the bytes of all slots after such transfers, each (gather or sum, group, bytes of a slot): what `held` gives on GPUs."""
     largest: dict[tuple[str, str, bool], int] = {}
     for kind, group, size in transfers:
-        key = kind, group, size > LARGE[kind]
+        key = kind, group, _one_at_a_time(kind, size)
         largest[key] = max(size, largest.get(key, 0))
     pairs = [slots(kind, size) for (kind, _, _), size in largest.items()]
     return sum(count * size + 2 * PAGE for count, size in pairs)
