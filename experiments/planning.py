@@ -274,8 +274,13 @@ def plan(setup: Experiment, job: Job, device: hardware.Device | None) -> Plan:
 
 def by_engine(setup: Experiment, shape: MeshShape, device: hardware.Device) -> bool:
     """Tell whether a run on such devices would move weights and gradients by their copy engines (what --transport says of auto)."""
-    able = device.reaches_peers and 1 < shape.devices() <= device.node_size
-    return setup.transport == "engine" or (setup.transport == "auto" and able and setup.compile in ("auto", "step") and shape.pipe == 1)
+    return takes_engines(setup, shape, device.reaches_peers and 1 < shape.devices() <= device.node_size)
+
+
+def takes_engines(setup: Experiment, shape: MeshShape, able: bool) -> bool:
+    """Tell whether a run takes copy engines where its devices are able to."""
+    usual = setup.compile in ("auto", "step") and shape.pipe in (1, shape.devices())
+    return setup.transport == "engine" or (setup.transport == "auto" and able and usual)
 
 
 def refuses(setup: Experiment, shape: MeshShape) -> str:

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints, foretold, initial, pipelining, reading, remat_choice, watching
+from experiments import checkpoints, foretold, initial, pipelining, planning, reading, remat_choice, watching
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -66,7 +66,7 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
         options = make_step_options(setup, precision, at.device)
-        known, engine = sizes(setup, rules, shape), by_engine(setup, at)
+        known, engine = sizes(setup, rules, shape), by_engine(setup, shape, at)
         setup, said = remat_choice.settled(setup, rules, shape, known, options, at.device, lambda: packed(work, setup), engine)
         work = work._replace(said=(*work.said, *said))
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -125,20 +125,18 @@ def choose_precision(setup: Experiment, device: torch.device) -> Precision:
     return PRECISIONS[name]
 
 
-def by_engine(setup: Experiment, at: process.Place) -> bool:
+def by_engine(setup: Experiment, shape: MeshShape, at: process.Place) -> bool:
     """Find whether the copy engines move weights and gradients."""
     able = process.copy_engines(at)
     if setup.transport == "engine" and not able and at.device.type != "cpu":  # on CPUs gloo stands in for them
         raise UserError("transport is engine: that needs NVIDIA GPUs of one host, one a process, that reach each other. Take nccl or auto.")
-    return setup.transport == "engine" or (
-        setup.transport == "auto" and able and setup.compile in ("auto", "step") and setup.mesh.pipe in (1, at.world)
-    )
+    return planning.takes_engines(setup, shape, able)
 
 
 def parallel(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place) -> Parallel:
     """Make the mesh and all that a step must know of it."""
     mesh, whole = make_mesh(shape, at.device.type), sizes(setup, rules, shape)
-    return Parallel(mesh, rules, whole, precision.reduce, engine=by_engine(setup, at), fp8=precision.fp8)
+    return Parallel(mesh, rules, whole, precision.reduce, engine=by_engine(setup, shape, at), fp8=precision.fp8)
 
 
 def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:

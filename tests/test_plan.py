@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from experiments import plan_search, planning
+from experiments import plan_search, planning, pretrain
 from experiments.presets import PRESETS
+from experiments.settings import MeshSettings
 from mtl.cli import plan as command
 from mtl.errors import UserError
 from mtl.inspect import hardware
@@ -27,6 +29,7 @@ from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.params import decayed
 from mtl.precision import PRECISIONS
+from mtl.runtime import process
 from mtl.sharding.mesh import MeshShape
 from mtl.train.speed import flops_per_token
 from mtl.train.step import StepOptions
@@ -185,6 +188,16 @@ def test_plans_take_copy_engines_where_runs_do() -> None:
     assert not planning.by_engine(setup, MeshShape(), h200) and not planning.by_engine(setup, MeshShape(fsdp=2), hardware.load("l4"))
     assert not planning.by_engine(dataclasses.replace(setup, compile="block"), MeshShape(fsdp=8), h200)
     assert planning.by_engine(dataclasses.replace(setup, transport="engine"), MeshShape(fsdp=8), hardware.load("l4"))
+    assert planning.by_engine(setup, MeshShape(pipe=4), h200) and not planning.by_engine(setup, MeshShape(pipe=2, fsdp=4), h200)
+
+
+def test_runs_take_copy_engines_where_plans_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With no axis of the mesh given, or with one: what is left open must not read as a pipeline."""
+    monkeypatch.setattr(process, "copy_engines", lambda at: True)
+    at, given = process.Place(0, 4, 0, torch.device("cuda", 0)), MeshSettings(fsdp=4)
+    for mesh in (MeshSettings(), given):
+        assert pretrain.by_engine(dataclasses.replace(PRESETS["llama3_8b"], mesh=mesh), mesh.shape(4, "fsdp"), at)
+    assert not pretrain.by_engine(dataclasses.replace(PRESETS["llama3_8b"], transport="nccl"), given.shape(4, "fsdp"), at)
 
 
 @pytest.mark.parametrize(("how", "most"), [("none", 1), ("step", 2)])

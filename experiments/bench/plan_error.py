@@ -31,13 +31,13 @@ from mtl.data.batches import BatchShape, batch_at
 from mtl.errors import UserError
 from mtl.inspect import hardware
 from mtl.inspect.plan import Plan
+from mtl.kernels import copy_engine
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.precision import PRECISIONS
 from mtl.runtime import process
-from mtl.sharding.mesh import MeshShape, make_mesh
-from mtl.sharding.parallel import Parallel
+from mtl.sharding.mesh import MeshShape
 from mtl.train.state import init_state
 from mtl.train.step import StepOptions
 
@@ -87,7 +87,8 @@ def setup_of(case: Case) -> Experiment:
     )
     chosen: Any = {"precision": case.precision, "compile": case.compile}
     setup = dataclasses.replace(preset, model=model, train=train, rules=case.rules, remat=case.remat, **chosen)
-    return pipelining.settled(dataclasses.replace(setup, pipeline=PipelineSettings(case.schedule or None)), rules, case.mesh)
+    setup = dataclasses.replace(setup, pipeline=PipelineSettings(case.schedule or None))
+    return pipelining.settled(setup, rules, case.mesh)
 
 
 def options_of(case: Case) -> StepOptions:
@@ -99,7 +100,8 @@ def plan_of(case: Case, device: hardware.Device) -> Plan:
     """Plan a case."""
     setup, rules = setup_of(case), sharding_rules.load(case.rules)
     sizes = pretrain.sizes(setup, rules, case.mesh)
-    return planning.plan(setup, planning.job_for(setup, rules, case.mesh, sizes, options_of(case), "meta"), device)
+    engine = planning.by_engine(setup, case.mesh, device)
+    return planning.plan(setup, planning.job_for(setup, rules, case.mesh, sizes, options_of(case), "meta", engine=engine), device)
 
 
 def measure(asked: Measure) -> None:
@@ -126,6 +128,7 @@ def measure(asked: Measure) -> None:
             except torch.OutOfMemoryError as error:
                 found = {"failed": str(error).splitlines()[0]}
             gc.collect()
+            copy_engine.release()
             torch.cuda.empty_cache()
             torch.compiler.reset()
             found |= {"wall_s": round(time.perf_counter() - start, 1), "device": name, "date": time.strftime("%Y-%m-%d"), **provenance()}
@@ -138,15 +141,14 @@ def measure(asked: Measure) -> None:
 def run(case: Case, at: process.Place, asked: Measure) -> dict[str, Any]:
     """Take some steps: the peak of the whole and of the steps after the second, the median time after the warm-up."""
     setup, rules, precision = setup_of(case), sharding_rules.load(case.rules), PRECISIONS[case.precision]
-    mesh, total = make_mesh(case.mesh, at.device.type), setup.train.global_batch_size
-    par = Parallel(mesh, rules, pretrain.sizes(setup, rules, case.mesh), precision.reduce, fp8=precision.fp8)
+    par, total = pretrain.parallel(setup, rules, case.mesh, precision, at), setup.train.global_batch_size
     specs = decoder.specs(setup.model)
     optimizer = adamw(params.decayed(specs))
     rate, pipeline = schedule("constant", 3e-4, 1000, 5), pipelining.plan(setup, case.mesh)
     step = pipelining.make_steps(pipeline, setup.model, par, optimizer, rate, options_of(case), pipelining.Timing(0))
     torch.cuda.reset_peak_memory_stats(at.device)
     before = torch.cuda.memory_allocated(at.device)
-    state = init_state(specs, rules, mesh, 0, precision, optimizer)
+    state = init_state(specs, rules, par.mesh, 0, precision, optimizer)
     samples = RandomTokens(setup.model.vocab, 0, total)
     batch = batch_at(par, samples, 0, BatchShape(total, case.micro, case.seq), precision.param)
     times: list[float] = []
@@ -161,8 +163,11 @@ def run(case: Case, at: process.Place, asked: Measure) -> dict[str, Any]:
         state, metrics = step(state, batch)
         losses.append(metrics["loss"].item())
         times.append(time.perf_counter() - start)
+    slots, (free, used) = copy_engine.held(), torch.cuda.mem_get_info(at.device)
     return {
-        "peak": torch.cuda.max_memory_allocated(at.device) - before, "peak_with_first_steps": first - before, "before": before,
+        "peak": torch.cuda.max_memory_allocated(at.device) - before + slots, "slots": slots, "peak_with_first_steps": first - before,
+        "before": before, "engine": par.engine, "reserved": torch.cuda.memory_reserved(at.device),
+        "used": used - free,
         "step": statistics.median(times[asked.warmup :]), "times": [round(t, 5) for t in times], "losses": losses,
     }  # fmt: skip
 

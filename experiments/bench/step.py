@@ -124,7 +124,8 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
     pretrain.check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
         options = pretrain.make_step_options(setup, precision, at.device)
-        setup, said = remat_choice.settled(setup, rules, shape, pretrain.sizes(setup, rules, shape), options, at.device, lambda: False)
+        known, engine = pretrain.sizes(setup, rules, shape), pretrain.by_engine(setup, shape, at)
+        setup, said = remat_choice.settled(setup, rules, shape, known, options, at.device, lambda: False, engine)
         for line in said if at.rank == 0 else ():
             print(line, flush=True)
         par = pretrain.parallel(setup, rules, shape, precision, at)
@@ -161,7 +162,8 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
     seconds = statistics.median(times[bench.warmup :])
     total = setup.train.global_batch_size * bench.seq_len
     speed = total / seconds / at.world
-    peak, specs, engine = peak_flops(at.device), decoder.specs(setup.model), pretrain.by_engine(setup, at)
+    peak, specs = peak_flops(at.device), decoder.specs(setup.model)
+    engine = pretrain.by_engine(setup, pretrain.choose_layout(setup, at.world)[1], at)
     flops = [flops_per_token(specs, setup.model, bench.seq_len, causal) for causal in (True, False)]
     mfu = [None if peak is None else round(speed * f / peak, 4) for f in flops]
     spread = [round(f(times[bench.warmup :]) * 1e3, 1) for f in (min, max)]

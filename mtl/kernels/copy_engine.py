@@ -223,6 +223,14 @@ def held() -> int:
     return sum(channel.memory.nbytes for channel in _CHANNELS.values())
 
 
+def release() -> None:
+    """Give all slots back; what sends again opens new ones. Every process does so at the same point, with no transfer under way."""
+    if _CHANNELS:
+        torch.cuda.synchronize()
+        dist.barrier()
+        _CHANNELS.clear()
+
+
 def _open(slots: int, size: int, group: str, stream: torch.cuda.Stream | None) -> _Channel:
     torch.cuda.synchronize()
     members: Any = _c10d._resolve_process_group(group)
