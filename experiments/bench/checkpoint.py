@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from mtl import checkpoint, tree
 from mtl.checkpoint.background import Saver
@@ -36,8 +37,8 @@ class Bench:
     repeats: int = 3
     threads: tuple[int, ...] = (1, 2, 4, 8)
     """The thread counts of torch.distributed.checkpoint that are tried; the best counts."""
-    step_seconds: float = 1.0
-    """gpu mode: how long a step should take."""
+    step_ms: tuple[float, ...] = (1500.0,)
+    """gpu mode: how long a step's products should take; a train state of 8 B parameters over four GPUs has steps of about 1500 ms."""
 
 
 def main() -> None:
@@ -141,60 +142,86 @@ def ranks(bench: Bench, folder: Path, at: process.Place) -> list[str]:
 
 
 def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
-    """Time steps with and without a save under way, and how long the loop waits at the fence."""
+    """Time steps with and without a save under way: products for ``step_ms``, the fence, an update of the whole state in place."""
     mesh = make_mesh(MeshShape(fsdp=at.world), at.device.type).device_mesh
-    each = 1 << 28  # elements: 1 GiB of float32
-    leaves = max(1, round(bench.gib))
-    parts = {f"w{i}": torch.randn(1 << 14, each >> 14, device=at.device) for i in range(leaves)}
+    side = 1 << (14 if at.device.type == "cuda" else 9)
+    count = max(1, round(bench.gib * 2**30 / 4 / side**2))
+    parts = {f"w{i}": torch.zeros(side, side, device=at.device) for i in range(count)}
     state = {name: DTensor.from_local(x, mesh, [Shard(0)], run_check=False) for name, x in parts.items()}
-    state["step"] = DTensor.from_local(torch.zeros((), device=at.device), mesh, [Replicate()], run_check=False)
     x = torch.randn(*[8192 if at.device.type == "cuda" else 256] * 2, device=at.device).to(torch.bfloat16)
-    products, saver = 1, Saver()
-    begun = time.perf_counter()
-    saver.prepare(state).join()
-    prepared = time.perf_counter() - begun
+    saver, found = Saver(), list[str]()
 
-    def step() -> tuple[float, float]:
-        begun = time.perf_counter()
+    def gradient(products: int) -> torch.Tensor:
         y = x
         for _ in range(products):
             y = (y @ x).mul_(1e-2)
+        return y.sum()
+
+    def step(products: int) -> tuple[float, float]:
+        """Give the time of a step, and for how much of it this process stood at the fence."""
+        begun = time.perf_counter()
+        loss = gradient(products)
         waiting = time.perf_counter()
         saver.fence()
         waited = time.perf_counter() - waiting
-        for leaf in state.values():
-            leaf.to_local().add_(0.0)
-        y.sum().item()
+        for leaf in parts.values():
+            leaf.add_(1.0)
+        loss.item()
         return time.perf_counter() - begun, waited
 
-    step()
-    products = max(1, int(bench.step_seconds / step()[0]))
-    quiet = [step()[0] for _ in range(10)]
-    found: list[str] = []
+    begun = time.perf_counter()
+    saver.prepare(state).join()
+    prepared = time.perf_counter() - begun
+    update, one = min(step(0)[0] for _ in range(3)), min(step(1)[0] for _ in range(3))
+    more = min(step(17)[0] for _ in range(3))
     if at.rank == 0:
-        print(f"memory for copies taken in {prepared:.1f} s; a step takes {quiet[0]:.3f} s", flush=True)
-    for i in range(bench.repeats):
-        dist.barrier()
-        begun = time.perf_counter()
-        saver.save((folder / str(i)).absolute(), state)
-        call = time.perf_counter() - begun
-        busy: list[tuple[float, float]] = []
-        while saver.busy():
-            busy.append(step())
-        saver.wait()
-        whole = time.perf_counter() - begun
-        quiet += [step()[0] for _ in range(3)]
-        usual = sorted(quiet)[len(quiet) // 2]
-        late = sum(t for t, _ in busy[1:]) / max(len(busy) - 1, 1) / usual - 1
-        first = busy[0][0] - usual + call if busy else call
-        found.append(
-            f"save {i}: call {call:.3f} s, fence {max((w for _, w in busy), default=0):.3f} s, first step later by {first:.3f} s, "
-            f"{len(busy)} steps while writing slower by {100 * late:.1f} %, on the disk after {whole:.1f} s (a step takes {usual:.3f} s)"
-        )
-        if at.rank == 0:
-            shutil.rmtree(folder / str(i))
-        dist.barrier()
+        print(f"memory for copies taken in {prepared:.1f} s; a step of an update alone takes {1e3 * update:.0f} ms", flush=True)
+    for goal in bench.step_ms:
+        products = 1 + max(0, round((goal / 1e3 - one) / (more - one) * 16))
+        for i in range(bench.repeats):
+            path = (folder / f"{goal:g}-{i}").absolute()
+            usual = statistics.median(step(products)[0] for _ in range(max(3, min(20, int(4e3 / goal)))))
+            values = {name: float(leaf[0, 0]) for name, leaf in parts.items()}
+            together(lambda: None)
+            begun = time.perf_counter()
+            saver.save(path, state)
+            call = time.perf_counter() - begun
+            busy = [step(products)]
+            while saver.busy():
+                busy.append(step(products))
+            whole = time.perf_counter() - begun
+            saver.wait()
+            blocked = call + busy[0][0] - usual
+            while_writing = statistics.mean(t for t, _ in busy[1:]) / usual - 1 if len(busy) > 1 else math.nan
+            right = "right" if saved_right(path, state, values) else "WRONG"
+            numbers = [usual, blocked, call, busy[0][1], while_writing, (whole - len(busy) * usual) / whole, whole]
+            usual, blocked, call, fence, late, lost, whole = worst(numbers, at.device)
+            found.append(
+                f"steps of {1e3 * usual:.0f} ms: the loop is blocked for {blocked:.3f} s (call {call:.3f}, at the fence {fence:.3f}); "
+                f"{len(busy) - 1} steps while writing are slower by {100 * late:.2f} %; both are {100 * lost:.2f} % of the "
+                f"{whole:.1f} s to the disk; what was saved is {right}"
+            )
+            dist.barrier()
+            if at.rank == 0:
+                shutil.rmtree(path)
+            dist.barrier()
     return found
+
+
+def worst(numbers: list[float], device: torch.device) -> list[float]:
+    """Give of each number the greatest over all processes."""
+    most = torch.tensor(numbers, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.tolist()
+
+
+def saved_right(path: Path, state: dict[str, Any], values: dict[str, float]) -> bool:
+    """Tell whether the last leaf that was saved holds everywhere what it held when the save was asked for."""
+    name = list(state)[-1]
+    meta = torch.empty_like(state[name].to_local(), device="meta")
+    target = DTensor.from_local(meta, state[name].device_mesh, [Shard(0)], run_check=False)
+    back = checkpoint.restore(path, {name: target}, subset=True)[name]
+    return bool((back.to_local() == values[name]).all())
 
 
 def make_state(gib: float) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Saving beside training: values are copied to host memory while the next gradient is computed, then written by a thread.
 
-The state is written in place by the step's update, so an update waits at `Saver.fence` until the copy is done. What does not fit into the
-host memory that is allowed goes in waves: copied, written, and the memory used again, while the update waits.
+The state is written in place by the step's update, so an update waits at `Saver.fence` until the copy is done: on a GPU the device waits,
+not the process, so that a copy which ends within the gradient costs nothing. What does not fit into the host memory that is allowed goes
+in waves: copied, written, and the memory used again, while the update waits.
 """
 
 import threading
@@ -31,8 +32,9 @@ class Saver:
         self.host_memory, self.threads, self.on_failure = host_memory, threads, on_failure
         self.committed: Path | None = None
         self._thread: threading.Thread | None = None
-        self._copied = threading.Event()
-        self._copied.set()
+        self._asked = threading.Event()  # every copy of the save under way is asked for; on the CPU: made
+        self._asked.set()
+        self._last_copy: Any = None  # on a GPU: the event after them
         self._failure: Exception | None = None
         self._slabs: list[Tensor] = []
         self._lock = threading.RLock()
@@ -73,7 +75,8 @@ class Saver:
             plan, part = make_plan(state, group), part_of(regular(state))
             device = device_of(state)
             ready = _mark(device)
-            self._copied.clear()
+            self._last_copy = None
+            self._asked.clear()
 
             def work() -> None:
                 try:
@@ -89,14 +92,17 @@ class Saver:
                     if self.on_failure is not None:
                         self.on_failure(describe(problem))
                 finally:
-                    self._copied.set()
+                    self._asked.set()
 
             self._thread = threading.Thread(target=work, name="checkpoint", daemon=True)
             self._thread.start()
 
     def fence(self) -> None:
-        """Wait until the state may be written to again."""
-        self._copied.wait()
+        """Let what this thread does next write to the state; on a GPU that means what its current stream is given next."""
+        self._asked.wait()
+        last = self._last_copy
+        if last is not None:
+            torch.cuda.current_stream().wait_event(last)
 
     def busy(self) -> bool:
         """Tell whether a save is under way."""
@@ -138,10 +144,12 @@ class Saver:
                     target.copy_(part(leaf.name, box), non_blocking=stream is not None)
                 used += _room(leaf, box)
                 wave.append((leaf, box, target))
+            if not todo:
+                self._last_copy = None if stream is None else stream.record_event()
+                self._asked.set()
             if stream is not None:
                 stream.synchronize()
-            if not todo:
-                self._copied.set()
+            self._last_copy = None
             yield wave
 
     def _sizes(self, todo: Sequence[tuple[PlannedLeaf, Box]]) -> tuple[int, int]:
