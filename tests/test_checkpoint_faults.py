@@ -113,6 +113,21 @@ def test_other_versions_and_other_folders_are_refused(good: Path, tmp_path: Path
         checkpoint.inspect(tmp_path / "none")
 
 
+def test_every_file_and_folder_is_flushed_before_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoint.save(tmp_path / "3", STATE | {"many": {f"n{i}": values((3,)) for i in range(40)}}, extra={"_model/a.json": b"{}"})
+    place = tmp_path / f"3{UNFINISHED}"
+    want = {str(place / p.relative_to(tmp_path / "3")) for p in [tmp_path / "3", *(tmp_path / "3").rglob("*")]}
+    assert want == set(flushed[:-1]) and flushed[-1] == str(tmp_path), "the folder's new name comes last"
+
+
 def test_a_write_error_leaves_nothing(tmp_path: Path) -> None:
     """The operating system refuses files beyond 64 KiB, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -21,11 +21,12 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({name: getattr(torch, name)
 
 
 def context(threads: int = 4) -> Any:
-    """Make a tensorstore context: ``threads`` copy and check at once, no cache."""
+    """Make a tensorstore context: ``threads`` copy and check at once, no cache. Who writes flushes the files."""
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 0},
             "file_io_concurrency": {"limit": 16},
+            "file_io_sync": False,
             "data_copy_concurrency": {"limit": max(1, threads)},
         }
     )

@@ -5,7 +5,8 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
 THREADS = min(8, os.cpu_count() or 1)
 IN_FLIGHT = geometry.FILE_BYTES
 """Bytes a thread that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
+UNFLUSHED = 64
+"""How many files a process may have written and not flushed."""
 STREAMED = 128 << 20
 """The same, over all threads, where values come box by box because they do not fit in memory."""
 
@@ -51,6 +54,10 @@ class PlannedLeaf:
     def meta(self) -> dict[str, Any]:
         """Give its zarr.json."""
         return arrays.metadata(self.split.shape, self.dtype, self.chunk, self.tile)
+
+    def file_at(self, offset: Sequence[int]) -> str:
+        """Name the file that a box at ``offset`` goes into."""
+        return "/".join([self.name, "c", *(str(o // n) for o, n in zip(offset, self.chunk, strict=True))])
 
 
 @dataclass(frozen=True)
@@ -230,27 +237,41 @@ def _begin(path: Path, plan: Plan, ctx: Any) -> Callable[[], None]:
 
 
 def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any, in_flight: int) -> None:
-    """Write some pieces, all on the disk on return."""
+    """Write some pieces, all on the disk on return.
+
+    Each file is flushed as soon as it is written, by threads beside: a disk is fastest with much to do, and what is computed for a file
+    (checksums, tiles) does not wait for another file's flush.
+    """
     opened: dict[str, Any] = {}
     flying: deque[tuple[Any, int]] = deque()
+    flushing: deque[Future[None]] = deque()
     bytes_flying = 0
-    for leaf, (offset, shape), values in pieces:
-        if tuple(values.shape) != shape or str(values.dtype) != f"torch.{leaf.dtype}":
-            raise UserError(
-                f"checkpoint leaf {leaf.name!r}: the part at {offset} is {values.dtype} {tuple(values.shape)}, "
-                f"expected {leaf.dtype} {shape}."
-            )
-        if leaf.name not in opened:
-            opened = {leaf.name: arrays.open_new(folder, leaf.name, leaf.meta(), ctx).result()}
-        x = arrays.as_numpy(values.cpu())
-        while flying and bytes_flying + x.nbytes > in_flight:
-            done, size = flying.popleft()
-            done.result()
-            bytes_flying -= size
-        flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
-        bytes_flying += x.nbytes
-    for done, _ in flying:
-        done.result()
+    with ThreadPoolExecutor(files.FLUSHES, thread_name_prefix="flush") as pool:
+        for leaf, (offset, shape), values in pieces:
+            if tuple(values.shape) != shape or str(values.dtype) != f"torch.{leaf.dtype}":
+                raise UserError(
+                    f"checkpoint leaf {leaf.name!r}: the part at {offset} is {values.dtype} {tuple(values.shape)}, "
+                    f"expected {leaf.dtype} {shape}."
+                )
+            if leaf.name not in opened:
+                opened = {leaf.name: arrays.open_new(folder, leaf.name, leaf.meta(), ctx).result()}
+            x = arrays.as_numpy(values.cpu())
+            while flying and bytes_flying + x.nbytes > in_flight:
+                done, size = flying.popleft()
+                done.result()
+                bytes_flying -= size
+            while len(flushing) > UNFLUSHED:
+                flushing.popleft().result()
+            flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
+            bytes_flying += x.nbytes
+            flushing.append(pool.submit(_flush_written, flying[-1][0], folder / leaf.file_at(offset)))
+        for flushed in flushing:
+            flushed.result()
+
+
+def _flush_written(written: Any, path: Path) -> None:
+    written.result()
+    files.flush(path)
 
 
 def _commit(path: Path, plan: Plan, small: Mapping[str, bytes | Path], begun: float) -> None:
@@ -263,18 +284,18 @@ def _commit(path: Path, plan: Plan, small: Mapping[str, bytes | Path], begun: fl
     listed: dict[str, Any] = {f"{leaf.name}/zarr.json": (folder / leaf.name / "zarr.json").read_bytes() for leaf in plan.leaves}
     listed |= {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
     listed["_METADATA"] = orbax.tree_metadata([leaf.keys for leaf in plan.leaves], plan.empty)
-    for name, data in listed.items():
-        if not name.endswith("/zarr.json") or name.startswith("_"):
-            files.write_file(folder / name, data)
+    written = [folder / leaf.name / "zarr.json" for leaf in plan.leaves]
+    written += [files.write_file(folder / name, data) for name, data in listed.items() if name.startswith("_")]
     manifest = {
         "format_version": VERSION,
         "written_by": {"mtl": __version__, "torch": torch.__version__},
         "arrays": {leaf.name: _describe(leaf) for leaf in plan.leaves},
         "files": {name: files.stamp(data) for name, data in listed.items()},
     }
-    files.write_file(folder / MANIFEST, files.seal(manifest))
-    files.write_file(partial / "_CHECKPOINT_METADATA", orbax.step_metadata(begun))
-    files.write_file(partial / "commit_success.txt", b"Checkpoint commit was successful.\n")
+    written.append(files.write_file(folder / MANIFEST, files.seal(manifest)))
+    written.append(files.write_file(partial / "_CHECKPOINT_METADATA", orbax.step_metadata(begun)))
+    written.append(files.write_file(partial / "commit_success.txt", b"Checkpoint commit was successful.\n"))
+    files.flush_all(written)
     files.publish(path)
 
 
