@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ import torch
 from experiments.settings import CheckpointSettings
 from mtl.checkpoint.background import Saver, describe
 from mtl.checkpoint.contents import Contents, inspect
+from mtl.checkpoint.files import flush
 from mtl.checkpoint.gate import Gate
 from mtl.checkpoint.peers import CheckpointError, Damaged, peers
 from mtl.checkpoint.restore import restore
@@ -127,8 +127,7 @@ class Keeper:
         """Write config.json and watch for signals from now on, until the process ends."""
         self.on_leave = log.close
         if self.at.rank == 0:
-            path = self.folder / "config.json"
-            write_config(path, {**self.config, "run_id": self.run_id, "resumed": history(path, self)})
+            write_config(self.folder / "config.json", self._whole())
         if self.resumed:
             log.say(f"resumed after step {self.first} from {self.store.path(self.first)}")
         if self.at.device.type == "cuda":
@@ -224,14 +223,31 @@ class Keeper:
         s = self.settings
         keep = Keep(s.keep, s.keep_every, s.keep_best, s.metric)
 
+        def before() -> None:
+            if self.at.rank == 0:
+                self._bring_log()
+
         def after() -> None:
             if self.at.rank == 0:
                 self.store.prune(keep)
 
-        if self.at.rank == 0:
-            flush(self.folder / "metrics.jsonl")
-        self.saver.save(self.store.path(i), state, host=host, config=self.config, extra=self.extra, after=after)
+        self.saver.save(self.store.path(i), state, host=host, config=self.config, extra=self.extra, before=before, after=after)
         self._saved_at = time.monotonic()
+
+    def _bring_log(self) -> None:
+        """Bring the log to the disk before the checkpoint. Where the run's folder was taken away, say so and make it anew."""
+        try:
+            if not self.store.held():
+                self._warn(f"{self.store.folder} or files in it are gone: somebody removed them, or their disk. It is made anew.")
+                self.store.lock()
+            if not (self.folder / "config.json").exists():
+                write_config(self.folder / "config.json", self._whole())
+            flush(self.folder / "metrics.jsonl")
+        except (OSError, UserError) as problem:
+            self._warn(f"{problem}")
+
+    def _whole(self) -> Mapping[str, Any]:
+        return {**self.config, "run_id": self.run_id, "resumed": history(self.folder / "config.json", self)}
 
     def _time_is_up(self, i: int) -> bool:
         """Ask process 0's clock. It says so a step ahead: that step needs all processes, so the others have the word when they end it."""
@@ -323,24 +339,23 @@ def cut_metrics(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             break
         lines.append(line + "\n")
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(lines))
-    flush(partial)
-    partial.replace(path)
-
-
-def flush(path: Path) -> None:
-    """Flush a file to the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    replace_file(path, "".join(lines))
 
 
 def write_config(path: Path, config: Mapping[str, Any]) -> None:
     """Write config.json whole or not at all."""
+    replace_file(path, json.dumps(config, indent=2) + "\n")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    flush(partial)
-    partial.replace(path)
+    try:
+        partial.write_text(text)
+        flush(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}. What it held before is as it was.") from None
 
 
 def history(path: Path, keeper: Keeper) -> list[Any]:

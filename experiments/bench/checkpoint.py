@@ -142,25 +142,44 @@ def ranks(bench: Bench, folder: Path, at: process.Place) -> list[str]:
 
 
 def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
-    """Time steps with and without a save under way: products for ``step_ms``, the fence, an update of the whole state in place."""
+    """Time steps with and without a save under way, each as long as ``step_ms`` says."""
     mesh = make_mesh(MeshShape(fsdp=at.world), at.device.type).device_mesh
     side = 1 << (14 if at.device.type == "cuda" else 9)
     count = max(1, round(bench.gib * 2**30 / 4 / side**2))
     parts = {f"w{i}": torch.zeros(side, side, device=at.device) for i in range(count)}
     state = {name: DTensor.from_local(x, mesh, [Shard(0)], run_check=False) for name, x in parts.items()}
-    x = torch.randn(*[8192 if at.device.type == "cuda" else 256] * 2, device=at.device).to(torch.bfloat16)
-    saver, found = Saver(), list[str]()
+    saver = Saver()
+    step = stepper(parts, saver, at.device)
+    begun = time.perf_counter()
+    saver.prepare(state).join()
+    prepared = time.perf_counter() - begun
+    update, one, more = (min(step(n)[0] for _ in range(3)) for n in (0, 1, 17))
+    if at.rank == 0:
+        print(f"memory for copies taken in {prepared:.1f} s; a step of an update alone takes {1e3 * update:.0f} ms", flush=True)
+    found: list[str] = []
+    for goal in bench.step_ms:
+        products = 1 + max(0, round((goal / 1e3 - one) / (more - one) * 16))
+        for i in range(bench.repeats):
+            path = (folder / f"{goal:g}-{i}").absolute()
+            usual = statistics.median(step(products)[0] for _ in range(max(3, min(20, int(4e3 / goal)))))
+            found.append(blocked(path, saver, state, lambda n=products: step(n), usual, at.device))
+            dist.barrier()
+            if at.rank == 0:
+                shutil.rmtree(path)
+            dist.barrier()
+    return found
 
-    def gradient(products: int) -> torch.Tensor:
+
+def stepper(parts: dict[str, torch.Tensor], saver: Saver, device: torch.device) -> Callable[[int], tuple[float, float]]:
+    """Make a step: some products, the fence, an update of the whole state in place. It gives its time, and how much was at the fence."""
+    x = torch.randn(*[8192 if device.type == "cuda" else 256] * 2, device=device).to(torch.bfloat16)
+
+    def step(products: int) -> tuple[float, float]:
+        begun = time.perf_counter()
         y = x
         for _ in range(products):
             y = (y @ x).mul_(1e-2)
-        return y.sum()
-
-    def step(products: int) -> tuple[float, float]:
-        """Give the time of a step, and for how much of it this process stood at the fence."""
-        begun = time.perf_counter()
-        loss = gradient(products)
+        loss = y.sum()
         waiting = time.perf_counter()
         saver.fence()
         waited = time.perf_counter() - waiting
@@ -169,43 +188,32 @@ def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
         loss.item()
         return time.perf_counter() - begun, waited
 
+    return step
+
+
+def blocked(
+    path: Path, saver: Saver, state: dict[str, Any], step: Callable[[], tuple[float, float]], usual: float, device: torch.device
+) -> str:
+    """Save beside steps; say by how much the first was late, how much slower the others were, and whether the values are those before."""
+    values = {name: float(leaf.to_local()[0, 0]) for name, leaf in state.items()}
+    together(lambda: None)
     begun = time.perf_counter()
-    saver.prepare(state).join()
-    prepared = time.perf_counter() - begun
-    update, one = min(step(0)[0] for _ in range(3)), min(step(1)[0] for _ in range(3))
-    more = min(step(17)[0] for _ in range(3))
-    if at.rank == 0:
-        print(f"memory for copies taken in {prepared:.1f} s; a step of an update alone takes {1e3 * update:.0f} ms", flush=True)
-    for goal in bench.step_ms:
-        products = 1 + max(0, round((goal / 1e3 - one) / (more - one) * 16))
-        for i in range(bench.repeats):
-            path = (folder / f"{goal:g}-{i}").absolute()
-            usual = statistics.median(step(products)[0] for _ in range(max(3, min(20, int(4e3 / goal)))))
-            values = {name: float(leaf[0, 0]) for name, leaf in parts.items()}
-            together(lambda: None)
-            begun = time.perf_counter()
-            saver.save(path, state)
-            call = time.perf_counter() - begun
-            busy = [step(products)]
-            while saver.busy():
-                busy.append(step(products))
-            whole = time.perf_counter() - begun
-            saver.wait()
-            blocked = call + busy[0][0] - usual
-            while_writing = statistics.mean(t for t, _ in busy[1:]) / usual - 1 if len(busy) > 1 else math.nan
-            right = "right" if saved_right(path, state, values) else "WRONG"
-            numbers = [usual, blocked, call, busy[0][1], while_writing, (whole - len(busy) * usual) / whole, whole]
-            usual, blocked, call, fence, late, lost, whole = worst(numbers, at.device)
-            found.append(
-                f"steps of {1e3 * usual:.0f} ms: the loop is blocked for {blocked:.3f} s (call {call:.3f}, at the fence {fence:.3f}); "
-                f"{len(busy) - 1} steps while writing are slower by {100 * late:.2f} %; both are {100 * lost:.2f} % of the "
-                f"{whole:.1f} s to the disk; what was saved is {right}"
-            )
-            dist.barrier()
-            if at.rank == 0:
-                shutil.rmtree(path)
-            dist.barrier()
-    return found
+    saver.save(path, state)
+    call = time.perf_counter() - begun
+    busy = [step()]
+    while saver.busy():
+        busy.append(step())
+    whole = time.perf_counter() - begun
+    saver.wait()
+    slower = statistics.mean(t for t, _ in busy[1:]) / usual - 1 if len(busy) > 1 else math.nan
+    right = "right" if saved_right(path, state, values) else "WRONG"
+    numbers = [usual, call + busy[0][0] - usual, call, busy[0][1], slower, (whole - len(busy) * usual) / whole, whole]
+    usual, late, call, fence, slower, lost, whole = worst(numbers, device)
+    return (
+        f"steps of {1e3 * usual:.0f} ms: the loop is blocked for {late:.3f} s (call {call:.3f}, at the fence {fence:.3f}); "
+        f"{len(busy) - 1} steps while writing are slower by {100 * slower:.2f} %; both are {100 * lost:.2f} % of the "
+        f"{whole:.1f} s to the disk; what was saved is {right}"
+    )
 
 
 def worst(numbers: list[float], device: torch.device) -> list[float]:

@@ -1,6 +1,7 @@
 """Arrays on disk through tensorstore: zarr3, tiles inside files, crc32c over every tile; and torch memory as numpy sees it."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -95,6 +96,13 @@ def open_old(folder: Path, name: str, ctx: Any, driver: str = "zarr3", ocdbt: bo
     if ocdbt:
         spec["kvstore"] = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/"}, "path": f"{name}/"}
     return ts.open(spec, open=True, read=True, context=ctx)
+
+
+def reason(error: Exception) -> str:
+    """Say in a few words what went wrong in tensorstore, which tells all it knows: the file and the operating system's own word."""
+    text = str(error).split(" [source locations", maxsplit=1)[0]
+    found = re.search(r'Error (\w+) local file "([^"]+)".*: ([^:\[\]]+) \[os_error_code', text, re.DOTALL)
+    return f"{found[1]} {found[2]} failed: {found[3]}" if found else text
 
 
 def window(array: Any, offset: Sequence[int], shape: Sequence[int]) -> Any:

@@ -62,11 +62,13 @@ class Saver:
         host: Any = None,
         config: Any = None,
         extra: Mapping[str, Any] | None = None,
-        after: Callable[[], None] | None = None,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start a save as `mtl.checkpoint.save` makes it, once the one before has ended; ``after`` runs in the thread after the commit.
+        """Start a save as `mtl.checkpoint.save` makes it, once the one before has ended.
 
-        Until `fence` returns the state must not be written to. An error of the save before is raised here.
+        Until `fence` returns the state must not be written to. An error of the save before is raised here. ``before`` and ``after`` run in
+        the thread, before anything is written and after the commit; ``before`` must not raise, since the other processes would wait.
         """
         with self._lock:
             self.wait()
@@ -83,10 +85,10 @@ class Saver:
                     _enter(device)
                     waves = self._copy_waves(plan, part, device, ready)
                     first = next(waves, [])
+                    before()
                     write_checkpoint(path, plan, small, group, _chain(first, waves), self.threads)
                     self.committed = path
-                    if after is not None:
-                        after()
+                    after()
                 except Exception as problem:
                     self._failure = problem
                     if self.on_failure is not None:

@@ -19,7 +19,7 @@ from mtl import __version__, tree
 from mtl.checkpoint import arrays, files, geometry, orbax
 from mtl.checkpoint.files import ITEM, MANIFEST, VERSION
 from mtl.checkpoint.geometry import Box, Split
-from mtl.checkpoint.peers import Peers, peers
+from mtl.checkpoint.peers import CheckpointError, Peers, peers
 from mtl.errors import UserError
 
 Piece = tuple["PlannedLeaf", Box, Tensor]
@@ -229,7 +229,7 @@ def _begin(path: Path, plan: Plan, ctx: Any) -> Callable[[], None]:
             shutil.rmtree(partial)
         (partial / ITEM).mkdir(parents=True)
         for future in [arrays.create(partial / ITEM, leaf.name, leaf.meta(), ctx) for leaf in plan.leaves]:
-            future.result()
+            _written(future)
     except BaseException:
         unlock()
         raise
@@ -258,19 +258,26 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any, in_flight: in
             x = arrays.as_numpy(values.cpu())
             while flying and bytes_flying + x.nbytes > in_flight:
                 done, size = flying.popleft()
-                done.result()
+                _written(done)
                 bytes_flying -= size
             while len(flushing) > UNFLUSHED:
                 flushing.popleft().result()
             flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
             bytes_flying += x.nbytes
-            flushing.append(pool.submit(_flush_written, flying[-1][0], folder / leaf.file_at(offset)))
+            flushing.append(pool.submit(_flush, flying[-1][0], folder / leaf.file_at(offset)))
         for flushed in flushing:
             flushed.result()
 
 
-def _flush_written(written: Any, path: Path) -> None:
-    written.result()
+def _written(write: Any) -> None:
+    try:
+        write.result()
+    except ValueError as error:
+        raise CheckpointError(f"{arrays.reason(error)}. Nothing of this checkpoint was kept.") from None
+
+
+def _flush(write: Any, path: Path) -> None:
+    _written(write)
     files.flush(path)
 
 

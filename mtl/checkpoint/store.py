@@ -10,6 +10,8 @@ from mtl.checkpoint.contents import Contents, inspect
 from mtl.checkpoint.files import ITEM, MANIFEST, UNFINISHED, remove, take_lock, unseal
 from mtl.checkpoint.peers import CheckpointError
 
+LOCK = ".run.lock"
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -64,7 +66,7 @@ class Store:
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(".*.lock"):
-            if path.name != ".run.lock":
+            if path.name != LOCK:
                 path.unlink(missing_ok=True)
         return sorted(p.name for p in left)
 
@@ -72,9 +74,13 @@ class Store:
         """Take the folder for one run, or refuse; gives the function that releases it."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            return take_lock(self.folder / ".run.lock", str(self.folder))
+            return take_lock(self.folder / LOCK, str(self.folder))
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be written: {error}.") from None
+
+    def held(self) -> bool:
+        """Tell whether the lock that a run took is still there, and not removed with its folder."""
+        return (self.folder / LOCK).exists()
 
     def _metric(self, step: int, name: str) -> float | None:
         try:

@@ -25,7 +25,9 @@ class RunLog:
         self.console = Console(quiet=not first, highlight=False)
         if not first:
             return
-        self._file = (folder / "metrics.jsonl").open("a")
+        self._path = folder / "metrics.jsonl"
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten, self._complained = b"", False
         self._wandb: Any = importlib.import_module("wandb").init(dir=folder, **wandb) if wandb is not None else None
         self._live = sys.stdout.isatty()
         self._told = 0.0
@@ -47,8 +49,7 @@ class RunLog:
         if not self.first:
             return
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._append(json.dumps(finite, allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
         shown = f"loss {record['loss']:.4f}  {record['tokens_per_second_per_device']:,.0f} tokens/s"
@@ -69,9 +70,26 @@ class RunLog:
         """End the bar and close what is open."""
         if self.first:
             self._bar.stop()
+            self._append("")
             self._file.close()
             if self._wandb is not None:
                 self._wandb.finish()
+
+    def _append(self, line: str) -> None:
+        """Write a line. What a full disk does not take goes with the next; a file that was taken away is made anew."""
+        self._unwritten += line.encode()
+        try:
+            if not self._path.exists():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._file.close()
+                self._file = self._path.open("ab", buffering=0)
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._complained = False
+        except OSError as error:
+            if not self._complained:
+                self.say(f"{self._path} cannot be written ({error.strerror}): its lines are kept in memory and tried again with each step")
+            self._complained = True
 
 
 def _span(values: Iterable[float]) -> str:
