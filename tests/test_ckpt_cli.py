@@ -1,6 +1,7 @@
 """``mtl ckpt``: inspect, verify, export, average and rechunk, as a user calls them."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,42 @@ def test_inspect(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "params.w: values differ by up to 2" in text and "config lr: 0.3 | 0.5" in text and "same" not in text
     ckpt.main(["inspect", str(run / "checkpoints/3"), "--diff", str(run / "checkpoints/3")])
     assert capsys.readouterr().out == "no differences\n"
+
+
+def test_a_page_may_go_without_a_name_and_with_differences(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i, order in enumerate((["DIR", "--html"], ["--html", "DIR"], ["DIR", "--html", "--diff", str(run / "checkpoints/3")])):
+        place = tmp_path / f"here{i}"
+        place.mkdir()
+        monkeypatch.chdir(place)
+        arguments = ["inspect", *(str(run) if word == "DIR" else word for word in order)]
+        ckpt.main(arguments)
+        assert capsys.readouterr().out == "written: checkpoint-5.html\n"
+        page = (place / "checkpoint-5.html").read_text()
+        assert "<td>params.b</td>" in page and ("values differ by up to 2" in page) == (i == 2)
+        with pytest.raises(UserError, match="exists already; nothing was written"):
+            ckpt.main(arguments)
+        assert [p.name for p in place.iterdir()] == ["checkpoint-5.html"]
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments in (
+        ["export-safetensors", str(run), str(tmp_path / "file/x")],
+        ["inspect", str(run), "--html", str(tmp_path / "file/x")],
+    ):
+        with pytest.raises(UserError, match="cannot be written"):
+            ckpt.main(arguments)
+    ckpt.main(["export-safetensors", str(run), str(tmp_path / "new/x.safetensors")])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(UserError, match=r"y.safetensors cannot be written: .*File too large"):
+            ckpt.main(["export-safetensors", str(run), str(tmp_path / "new/y.safetensors")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["x.safetensors"]
 
 
 def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,11 @@
 """Look at checkpoints and work on them: inspect, verify, export-safetensors, average, rechunk."""
 
+import contextlib
 import dataclasses
 import html
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class Inspect:
     diff: Path | None = None
     """Another checkpoint to compare with: names, shapes, types, settings and values."""
     html: Path | None = None
-    """Write the listing to this file as a page."""
+    """Write the listing (and the differences) as a page to this file; without a name, to checkpoint-NAME.html here."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Rechunk:
     """NAME=P,P,...: parts along each dimension of the arrays whose names begin so, such as params.layers=1,8; the rest stays whole."""
 
 
+HERE = "."
+"""What stands for a page's own name in this folder."""
 COMMANDS: Mapping[str, Any] = {"inspect": Inspect, "verify": Verify, "export-safetensors": Export, "average": Average, "rechunk": Rechunk}
 
 
@@ -86,9 +90,20 @@ def main(arguments: list[str]) -> None:
         return
     if arguments[0] not in COMMANDS:
         raise unknown("command of mtl ckpt", arguments[0], COMMANDS)
-    asked = tyro.cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"mtl ckpt {arguments[0]}")
+    asked = tyro.cli(COMMANDS[arguments[0]], args=named(arguments[1:]), prog=f"mtl ckpt {arguments[0]}")
     runs: Mapping[type, Callable[[Any], None]] = {Inspect: inspect, Verify: verify, Export: export, Average: average, Rechunk: rechunk}
     runs[type(asked)](asked)
+
+
+def named(arguments: list[str]) -> list[str]:
+    """Give ``--html`` a name where it has none: it stands last, before another option, or before the checkpoint's folder."""
+    if "--html" not in arguments:
+        return arguments
+    i = arguments.index("--html")
+    after = arguments[i + 1 : i + 2]
+    if after and not after[0].startswith("-") and not Path(after[0]).is_dir():
+        return arguments
+    return [*arguments[: i + 1], HERE, *arguments[i + 1 :]]
 
 
 def find(path: Path) -> Path:
@@ -103,12 +118,16 @@ def find(path: Path) -> Path:
 def inspect(asked: Inspect) -> None:
     """Print the listing, or the differences."""
     contents = checkpoint.inspect(find(asked.dir))
-    if asked.diff is not None:
-        print("\n".join(differences(contents, checkpoint.inspect(find(asked.diff)))) or "no differences")
+    other = None if asked.diff is None else checkpoint.inspect(find(asked.diff))
+    out = Path(f"checkpoint-{contents.path.name}.html") if asked.html == Path(HERE) else asked.html
+    if out is not None:
+        _refuse_existing(out)
+    lines = None if other is None else list(differences(contents, other)) or ["no differences"]
+    if out is not None:
+        _write(out, lambda path: path.write_text(page(contents, other, lines)))
         return
-    if asked.html is not None:
-        asked.html.write_text(page(contents))
-        print(f"written: {asked.html}")
+    if lines is not None:
+        print("\n".join(lines))
         return
     for name, value in facts(contents).items():
         print(f"{name + ':':12} {value}")
@@ -143,8 +162,8 @@ def table(contents: Contents) -> list[tuple[str, ...]]:
     return rows
 
 
-def page(contents: Contents) -> str:
-    """Draw the listing as one HTML page that needs nothing else."""
+def page(contents: Contents, other: Contents | None = None, lines: Iterable[str] | None = None) -> str:
+    """Draw the listing, and what differs from another checkpoint, as one HTML page that needs nothing else."""
 
     def cells(row: tuple[str, ...], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
@@ -152,11 +171,12 @@ def page(contents: Contents) -> str:
     head, *rows = table(contents)
     listed = "".join(f"<dt>{html.escape(n)}</dt><dd>{html.escape(v)}</dd>" for n, v in facts(contents).items())
     config = html.escape(json.dumps(contents.config, indent=2))
+    against = "" if other is None else f"<h2>Against {html.escape(str(other.path))}</h2><pre>{html.escape(chr(10).join(lines or ()))}</pre>"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(contents.path.name)}</title>'
         "<style>body{font:14px sans-serif;margin:2em}table{border-collapse:collapse}td,th{padding:2px 12px 2px 0;text-align:left}"
         "tr:nth-child(even){background:#f3f3f3}dt{font-weight:bold}td{font-family:monospace}</style>"
-        f"<h1>{html.escape(str(contents.path))}</h1><dl>{listed}</dl>"
+        f"<h1>{html.escape(str(contents.path))}</h1><dl>{listed}</dl>{against}"
         f"<table>{cells(head, 'th')}{''.join(cells(r, 'td') for r in rows)}</table>"
         f"<details><summary>settings</summary><pre>{config}</pre></details></html>\n"
     )
@@ -194,15 +214,11 @@ def verify(asked: Verify) -> None:
 
 def export(asked: Export) -> None:
     """Write the file."""
-    if asked.out.exists():
-        raise UserError(f"{asked.out} exists already; nothing was written. Choose another name.")
+    _refuse_existing(asked.out)
     contents = checkpoint.inspect(find(asked.dir))
     target = _target(contents, asked.only)
     values = dict(tree.paths(checkpoint.restore(contents.path, target, subset=True)))
-    partial = asked.out.with_name(asked.out.name + ".partial")
-    save_file({name: arrays.as_numpy(x) for name, x in values.items()}, partial)
-    partial.replace(asked.out)
-    print(f"written: {asked.out} ({len(values)} arrays)")
+    _write(asked.out, lambda path: save_file({name: arrays.as_numpy(x) for name, x in values.items()}, path), f" ({len(values)} arrays)")
 
 
 def average(asked: Average) -> None:
@@ -250,6 +266,25 @@ def rechunk(asked: Rechunk) -> None:
         asked.out, _target(contents, ""), part=part, host=contents.host, config=contents.config, extra=dict(contents.files), files_of=files
     )
     print(f"written: {asked.out}")
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already; nothing was written. Choose another name, or remove it first.")
+
+
+def _write(out: Path, write: Callable[[Path], Any], more: str = "") -> None:
+    """Write a file whole or not at all, and say so."""
+    partial = out.with_name(out.name + ".partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(out)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"{out} cannot be written: {error}. Nothing of it was kept.") from None
+    print(f"written: {out}{more}")
 
 
 def _target(contents: Contents, only: str) -> Any:
