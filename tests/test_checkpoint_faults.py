@@ -21,6 +21,7 @@ from mtl.checkpoint.files import UNFINISHED, seal, take_lock, unseal
 from mtl.checkpoint.peers import Damaged
 from mtl.checkpoint.store import Keep, Store
 from mtl.checkpoint.verify import find_damage, verify
+from mtl.runtime.log import RunLog
 from tests.cases.checkpoint import values
 from tests.forks import Forks
 from tests.ranks import Ranks
@@ -148,7 +149,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
         pytest.skip("mounting a file system is not allowed here")
     try:
         checkpoint.save(disk / "1", STATE)
-        with pytest.raises(checkpoint.CheckpointError, match=r"(?i)no space|exhausted"):
+        with pytest.raises(checkpoint.CheckpointError, match=r"^writing .*/2.*/c/.* failed: No space left on device\. Nothing of this"):
             checkpoint.save(disk / "2", STATE)
         assert Store(disk).steps() == [1] and [p.name for p in disk.iterdir()] == ["1"]
         assert not find_damage(disk / "1").problems
@@ -252,6 +253,34 @@ def test_a_failed_save_stops_the_run_or_is_tried_again(what: str, forks: Forks, 
     assert "The newest good step is 2" in run.text() and "Traceback" not in run.text(), run.text()
     assert code == ([2] if what == "stop" else [0]), run.text()
     assert Store(out / "checkpoints").steps() == ([2] if what == "stop" else [2, 6, STEPS])
+
+
+def test_a_run_whose_folder_is_taken_away_says_so_and_goes_on(forks: Forks, tmp_path: Path) -> None:
+    out, gone = tmp_path / "run", tmp_path / "gone"
+    run = forks.start([*TINY, "--train.steps", "100000", "--checkpoint.every", "5", "--checkpoint.on-error", "continue", "--out", str(out)])
+    until(run, out, 5)
+    out.rename(gone)
+    until(run, out, 10)
+    run.signal(signal.SIGTERM)
+    assert forks.wait(run) == [0], run.text()
+    assert f"{out / 'checkpoints'} or files in it are gone" in run.text() and "Traceback" not in run.text()
+    newest = Store(out / "checkpoints").latest()
+    assert newest is not None and f"after step {newest}: saved" in run.text()
+    steps = [json.loads(line)["step"] for folder in (gone, out) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, newest + 1)) and (out / "config.json").exists()
+
+
+def test_the_log_waits_for_room_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The operating system refuses more than 1000 bytes for a while, as a full disk would."""
+    log = RunLog(tmp_path, True, 50)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for i in range(1, 51):
+        if i in (5, 40):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if i == 5 else soft, hard))
+        log.write({"step": i, "loss": 1.0, "tokens_per_second_per_device": 1.0, "text": "x" * 50})
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, 51))
+    assert capsys.readouterr().out.count("cannot be written (File too large)") == 1
 
 
 def test_two_runs_cannot_share_a_folder(forks: Forks, tmp_path: Path) -> None:
