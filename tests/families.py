@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, **rope("default")},
     ),
     "falcon_rw": ("Falcon", {**FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
-    "falcon_alibi": ("Falcon", {**FALCON, "alibi": True, "multi_query": True, "parallel_attn": False, "activation": "gelu_new"}),
+    "falcon_alibi": ("Falcon", {**FALCON, "alibi": True, "multi_query": True, "parallel_attn": False, "activation": "relu2"}),
     "falcon_many_heads": ("Falcon", {**FALCON, "multi_query": False, "parallel_attn": True, **rope("linear", factor=2.0)}),
     "gpt2": ("GPT2", GPT2),
     "gpt2_switches": (

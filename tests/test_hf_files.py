@@ -152,6 +152,25 @@ def test_a_changed_model_keeps_the_rest_of_its_config(tmp_path: Path) -> None:
     assert read_config(after)[1] == replace(read_config(before)[1], vocab=64)
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("llama_switches", torch.float64), ("falcon_40b", torch.bfloat16), ("gpt2", torch.float32)])
+def test_an_export_has_the_bytes_that_transformers_writes(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    families.write(name, tmp_path / "hf", dtype, shard="1GB")
+    command.main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "ckpt")])
+    command.main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "back")])
+    for file in sorted((tmp_path / "hf").iterdir()):
+        assert (tmp_path / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_tensors_of_several_types_lie_in_the_order_of_safetensors(tmp_path: Path) -> None:
+    types = {"layers.norm1.weight": torch.float32, "layers.query.weight": torch.float16, "norm.weight": torch.float64}
+    dtypes = {path: types.get(path, torch.bfloat16) for path, _ in tree.paths(decoder.specs(LLAMA))}
+    wanted = export.tensors(next(f for f in known_families() if f.name == "llama"), LLAMA, dtypes)
+    zeros = {path: torch.zeros(spec.shape, dtype=dtypes[path]) for path, spec in tree.paths(decoder.specs(LLAMA))}
+    export.write_tensors(tmp_path / "ours", wanted, lambda path, layer: zeros[path] if layer is None else zeros[path][layer])
+    save_file({t.name: torch.zeros(t.shape, dtype=t.dtype) for t in wanted}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
 def test_our_order_of_rotary_pairs_is_turned_into_theirs(tmp_path: Path) -> None:
     config = replace(LLAMA, rope_pairs="interleaved", max_positions=64)
     weights = tree.map(lambda s: torch.randn(s.shape), decoder.specs(config))

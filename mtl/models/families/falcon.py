@@ -5,10 +5,8 @@ from typing import Any
 from mtl.errors import UserError
 from mtl.models.decoder import Config
 from mtl.models.hf.family import Family, Names
-from mtl.models.hf.fields import Fields, read_rope, write_rope
+from mtl.models.hf.fields import UNGATED, Fields, read_rope, write_rope
 from mtl.models.hf.names import Heads, Row
-
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
 
 
 def read(fields: Fields) -> Config:
@@ -24,7 +22,7 @@ def read(fields: Fields) -> Config:
         mlp=fields.whole("ffn_hidden_size", 4 * embed), head_size=embed // heads, **_architecture(fields, heads),
         norm="layer", norm_bias=True, norm_eps=fields.number("layer_norm_epsilon", 1e-5), max_positions=longest,
         positions="alibi" if alibi else "rotary", rope_theta=theta, rope_scaling=scaling,
-        activation=fields.choice("activation", "gelu", ACTIVATIONS),  # pyright: ignore[reportArgumentType]
+        activation=fields.choice("activation", "gelu", UNGATED),  # pyright: ignore[reportArgumentType]
         qkv_bias=bias, out_bias=bias, mlp_bias=bias, tied=fields.flag("tie_word_embeddings", True),
         init_std=fields.number("initializer_range", 0.02),
         dropout_attention=fields.rate("attention_dropout"), dropout_mlp=fields.rate("hidden_dropout"),
@@ -49,7 +47,7 @@ def write(cfg: Config) -> dict[str, Any]:
         "max_position_embeddings": cfg.max_positions or 2048,
         "alibi": cfg.positions == "alibi",
         **write_rope(cfg.rope_theta, cfg.rope_scaling),
-        "activation": next((theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation), cfg.activation),
+        "activation": next((theirs for theirs, ours in UNGATED.items() if ours == cfg.activation), cfg.activation),
         "bias": cfg.qkv_bias,
         "tie_word_embeddings": cfg.tied,
         "initializer_range": cfg.init_std,

@@ -4,10 +4,9 @@ from typing import Any
 
 from mtl.models.decoder import Config
 from mtl.models.hf.family import Family, Names
-from mtl.models.hf.fields import Fields
+from mtl.models.hf.fields import UNGATED, Fields
 from mtl.models.hf.names import Heads, Row
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"}
 UNUSED = (
     "summary_type",
     "summary_use_proj",
@@ -30,7 +29,7 @@ def read(fields: Fields) -> Config:
         vocab=fields.whole("vocab_size"), layers=fields.whole("n_layer"), embed=embed, heads=heads, kv_heads=heads,
         mlp=fields.whole("n_inner", 4 * embed), head_size=max(embed // heads, 1), norm="layer", norm_bias=True,
         norm_eps=fields.number("layer_norm_epsilon", 1e-5), positions="learned", max_positions=fields.whole("n_positions", 1024),
-        activation=fields.choice("activation_function", "gelu_new", ACTIVATIONS),  # pyright: ignore[reportArgumentType]
+        activation=fields.choice("activation_function", "gelu_new", UNGATED),  # pyright: ignore[reportArgumentType]
         qkv_bias=True, out_bias=True, mlp_bias=True, tied=fields.flag("tie_word_embeddings", True),
         attention_scale=None if fields.flag("scale_attn_weights", True) else 1.0,
         scale_by_layer=fields.flag("scale_attn_by_inverse_layer_idx", False), init_std=fields.number("initializer_range", 0.02),
@@ -48,7 +47,7 @@ def write(cfg: Config) -> dict[str, Any]:
         "n_inner": cfg.mlp,
         "n_positions": cfg.max_positions or 1024,
         "layer_norm_epsilon": cfg.norm_eps,
-        "activation_function": next((theirs for theirs, ours in ACTIVATIONS.items() if ours == cfg.activation), cfg.activation),
+        "activation_function": next((theirs for theirs, ours in UNGATED.items() if ours == cfg.activation), cfg.activation),
         "tie_word_embeddings": cfg.tied,
         "scale_attn_weights": cfg.attention_scale is None,
         "scale_attn_by_inverse_layer_idx": cfg.scale_by_layer,

@@ -14,6 +14,9 @@ ACTIVATIONS = {
     "gelu_new": "geglu_tanh",
     "gelu_pytorch_tanh": "geglu_tanh",
     "relu": "reglu",
+    "gelu_python": "geglu",
+    "gelu_accurate": "geglu_tanh",
+    "gelu_fast": "geglu_tanh",
 }
 
 

@@ -82,9 +82,10 @@ def parse_size(text: str) -> int:
 
 
 def write_tensors(path: Path, wanted: Sequence[Theirs], read: Read) -> None:
-    """Write one safetensors file, holding one tensor in memory at a time."""
+    """Write one safetensors file, byte for byte as the safetensors library would, holding one tensor in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
+    wanted = sorted(wanted, key=lambda t: (-t.dtype.itemsize, CODES[t.dtype], t.name))
     for t in wanted:
         header[t.name] = {"dtype": CODES[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.bytes]}
         end += t.bytes
@@ -106,7 +107,8 @@ def index(files: Mapping[str, Sequence[Theirs]]) -> dict[str, Any] | None:
     if len(files) == 1:
         return None
     total = sum(t.bytes for group in files.values() for t in group)
-    return {"metadata": {"total_size": total}, "weight_map": {t.name: file for file, group in files.items() for t in group}}
+    placed = {t.name: file for file, group in files.items() for t in group}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
 
 
 def begin(out: Path) -> Path:

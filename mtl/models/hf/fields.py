@@ -35,6 +35,13 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
+UNGATED = {
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2", "silu": "silu",
+    "swish": "silu", "gelu_python": "gelu", "gelu_accurate": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+"""Activations of MLPs without a gate; where several have one meaning, the first is written."""
+
+
 class Fields:
     """A config.json and which of its fields were used."""
 
