@@ -10,15 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import mtl.cli.hf as command
+from experiments.presets import PRESETS
 from mtl import checkpoint, tree
 from mtl.errors import UserError
 from mtl.models import decoder
 from mtl.models.hf import export
-from mtl.models.hf.family import known_families, read_config
+from mtl.models.hf.family import known_families, read_config, write_config
 from mtl.models.hf.load import open_model
 from mtl.models.hf.names import Heads, Row, give, halves, neighbours, take, their_shape
+from mtl.ops.rotary import RopeScaling
 from tests import families
 from tests.small import LLAMA
 
@@ -263,6 +266,10 @@ BAD: dict[str, tuple[Change, Sequence[str]]] = {
     "missing size": (without("hidden_size"), ["no field 'hidden_size'"]),
     "size": (config(num_hidden_layers="3"), ["num_hidden_layers is '3'; expected a whole number"]),
     "key heads": (config(num_key_value_heads=3), ["does not divide"]),
+    "theta": (config(rope_parameters={"rope_type": "default", "rope_theta": 0}), ["rope_theta is 0.0; expected a number above 0"]),
+    "yarn's theta": (config(rope_parameters={"rope_type": "yarn", "rope_theta": 1, "factor": 2.0}), ["rope_theta is 1.0; expected"]),
+    "rope type's type": (config(rope_parameters={"rope_type": ["linear"]}), ["rope type ['linear'] is not known"]),
+    "eps": (config(rms_norm_eps=-1e-5), ["rms_norm_eps is -1e-05; expected a number from 0 on"]),
     "flag": (config(attention_bias="yes"), ["attention_bias is 'yes'; expected true or false"]),
 }  # fmt: skip
 
@@ -284,6 +291,8 @@ def test_bad_input_is_named_before_anything_is_written(name: str, tmp_path: Path
         ("mistral", {"layer_types": ["full_attention"] * 3}, "every layer of Mistral is sliding_attention"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is false"),
         ("qwen2", {"layer_types": ["full_attention"] * 2}, "expected 3 times"),
+        ("qwen2", {"layer_types": [["full_attention"]] * 3}, "expected 3 times"),
+        ("gpt2", {"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon is -1e-05"),
         ("qwen2", {"attention_bias": True}, "attention_bias"),
         ("falcon_7b", {"num_ln_in_parallel_attn": 2}, "contradict each other"),
         ("falcon_40b", {"parallel_attn": False}, "contradict each other"),
@@ -326,6 +335,52 @@ def test_an_export_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
             command.main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "back"), "--shard-size", size])
     with pytest.raises(UserError, match="exists already"):
         command.main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "ckpt")])
+
+
+EXPORTED = {name: name.partition("_")[0].rstrip("0123456789") for name in PRESETS}
+EXPORTED |= {"tiny": "llama", "gpt2_124m": "gpt2", "gpt3_175b": "gpt2"}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_every_preset_has_a_config_that_transformers_reads(name: str, tmp_path: Path) -> None:
+    model = PRESETS[name].model
+    family, values = write_config(model, None, PRESETS[name].train.seq_len)
+    assert family.name == EXPORTED[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.max_position_embeddings == PRESETS[name].train.seq_len and theirs.vocab_size == model.vocab
+
+
+def test_what_a_preset_trained_is_exported(tmp_path: Path) -> None:
+    setup = replace(PRESETS["tiny"], model=replace(PRESETS["tiny"].model, embed=32, mlp=40, layers=2, head_size=6))
+    specs, rng = decoder.specs(setup.model), torch.Generator().manual_seed(0)
+    weights = tree.map(lambda s: torch.randn(s.shape, generator=rng), specs)
+    checkpoint.save(tmp_path / "ckpt", {"params": weights}, config=json.loads(json.dumps(asdict(setup), default=str)))
+    command.main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "back")])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert theirs.config.max_position_embeddings == setup.train.seq_len
+    assert open_model(tmp_path / "back").config == replace(setup.model, max_positions=setup.train.seq_len)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "llama3", "linear"])
+def test_a_stretched_model_is_exported(kind: Any) -> None:
+    """Dynamic scaling starts where a model's positions end, so that number is kept."""
+    stretched = replace(LLAMA, rope_scaling=RopeScaling(kind, 4.0, 0 if kind == "linear" else 24))
+    family, values = write_config(stretched, None, 512)
+    again = read_config(values)[1]
+    assert (family.name, again.rope_scaling) == ("llama", stretched.rope_scaling)
+    assert again.max_positions == (24 if kind == "dynamic" else 512)
+
+
+def test_an_export_makes_no_value_infinite(tmp_path: Path) -> None:
+    known = replace(LLAMA, max_positions=64)
+    weights = tree.map(lambda s: torch.ones(s.shape), decoder.specs(known))
+    weights["layers"]["key"]["weight"][1, 0, 0, 0] = -1e5
+    checkpoint.save(tmp_path / "ckpt", {"params": weights}, config={"model": asdict(known)})
+    with pytest.raises(UserError, match=r"layers\.1\.self_attn\.k_proj\.weight holds 1e\+05, but --dtype float16 ends at 6\.55e\+04"):
+        command.main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "back"), "--dtype", "fp16"])
+    assert not list(tmp_path.glob("back*"))
+    command.main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "back"), "--dtype", "bf16"])
 
 
 def test_a_model_that_no_family_has_is_not_exported(tmp_path: Path) -> None:

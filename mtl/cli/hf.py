@@ -127,7 +127,7 @@ def export_folder(settings: Export) -> str:
     kept = {name.removeprefix(BESIDE): contents.read(name) for name in contents.files if name.startswith(BESIDE)}
     came: dict[str, Any] = json.loads(kept.pop("import.json", b"{}"))
     source: dict[str, Any] | None = json.loads(kept[CONFIG]) if CONFIG in kept else None
-    family, values = write_config(config, source)
+    family, values = write_config(config, source, trained_length(contents))
     held = {path: contents.arrays.get(f"params.{path}") for path, _ in tree.paths(decoder.specs(config))}
     check_held(contents, config, held)
     asked = DTYPES.get(settings.dtype or "", settings.dtype)
@@ -148,6 +148,13 @@ def export_folder(settings: Export) -> str:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return f"{settings.out}: {family.name}, {sum(len(g) for g in files.values())} tensors in {len(files)} file{'s' * (len(files) > 1)}"
+
+
+def trained_length(contents: Contents) -> int:
+    """Say how long the sequences were that a run trained on, or what configs have by default."""
+    train = contents.config.get("train") if isinstance(contents.config, dict) else None
+    length = train.get("seq_len") if isinstance(train, dict) else None
+    return length if isinstance(length, int) and length > 0 else 2048
 
 
 def check_held(contents: Contents, config: decoder.Config, held: Mapping[str, Any]) -> None:

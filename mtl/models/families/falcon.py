@@ -20,7 +20,7 @@ def read(fields: Fields) -> Config:
     return Config(
         vocab=fields.whole("vocab_size"), layers=fields.whole("num_hidden_layers"), embed=embed, heads=heads,
         mlp=fields.whole("ffn_hidden_size", 4 * embed), head_size=embed // heads, **_architecture(fields, heads),
-        norm="layer", norm_bias=True, norm_eps=fields.number("layer_norm_epsilon", 1e-5), max_positions=longest,
+        norm="layer", norm_bias=True, norm_eps=fields.eps("layer_norm_epsilon", 1e-5), max_positions=longest,
         positions="alibi" if alibi else "rotary", rope_theta=theta, rope_scaling=scaling,
         activation=fields.choice("activation", "gelu", UNGATED),  # pyright: ignore[reportArgumentType]
         qkv_bias=bias, out_bias=bias, mlp_bias=bias, tied=fields.flag("tie_word_embeddings", True),
@@ -44,7 +44,7 @@ def write(cfg: Config) -> dict[str, Any]:
         "multi_query": cfg.kv_heads == 1,
         "parallel_attn": cfg.parallel != "none",
         "layer_norm_epsilon": cfg.norm_eps,
-        "max_position_embeddings": cfg.max_positions or 2048,
+        "max_position_embeddings": cfg.max_positions,
         "alibi": cfg.positions == "alibi",
         **write_rope(cfg.rope_theta, cfg.rope_scaling),
         "activation": next((theirs for theirs, ours in UNGATED.items() if ours == cfg.activation), cfg.activation),

@@ -28,7 +28,7 @@ def read(fields: Fields) -> Config:
     return Config(
         vocab=fields.whole("vocab_size"), layers=fields.whole("n_layer"), embed=embed, heads=heads, kv_heads=heads,
         mlp=fields.whole("n_inner", 4 * embed), head_size=max(embed // heads, 1), norm="layer", norm_bias=True,
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5), positions="learned", max_positions=fields.whole("n_positions", 1024),
+        norm_eps=fields.eps("layer_norm_epsilon", 1e-5), positions="learned", max_positions=fields.whole("n_positions", 1024),
         activation=fields.choice("activation_function", "gelu_new", UNGATED),  # pyright: ignore[reportArgumentType]
         qkv_bias=True, out_bias=True, mlp_bias=True, tied=fields.flag("tie_word_embeddings", True),
         attention_scale=None if fields.flag("scale_attn_weights", True) else 1.0,
@@ -45,7 +45,7 @@ def write(cfg: Config) -> dict[str, Any]:
         "n_embd": cfg.embed,
         "n_head": cfg.heads,
         "n_inner": cfg.mlp,
-        "n_positions": cfg.max_positions or 1024,
+        "n_positions": cfg.max_positions,
         "layer_norm_epsilon": cfg.norm_eps,
         "activation_function": next((theirs for theirs, ours in UNGATED.items() if ours == cfg.activation), cfg.activation),
         "tie_word_embeddings": cfg.tied,

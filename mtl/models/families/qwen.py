@@ -42,7 +42,7 @@ def _windows(fields: Fields, layers: int) -> dict[str, Any]:
     kinds = fields.raw("layer_types")
     if kinds is None:
         kinds = ["sliding_attention" if size is not None and i >= start else "full_attention" for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    if not isinstance(kinds, list) or len(kinds) != layers or any(k not in ("full_attention", "sliding_attention") for k in kinds):
         raise UserError(f"config.json: layer_types is {kinds!r}; expected {layers} times full_attention or sliding_attention.")
     if "sliding_attention" not in kinds:
         return {}

@@ -96,7 +96,9 @@ def write_tensors(path: Path, wanted: Sequence[Theirs], read: Read) -> None:
         for t in wanted:
             out = torch.empty(t.shape, dtype=t.dtype)
             for ours, spec, row, layer in t.parts:
-                give(row, spec.axes if layer is None else spec.axes[1:], read(ours, layer), out)
+                values = read(ours, layer)
+                _fits(t, values)
+                give(row, spec.axes if layer is None else spec.axes[1:], values, out)
             file.write(out.flatten().view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())
@@ -142,6 +144,17 @@ def commit(out: Path, files: Mapping[str, Sequence[Theirs]], texts: Mapping[str,
 def unfinished(out: Path) -> Path:
     """Name the folder that an export is written in."""
     return out.with_name(out.name + UNFINISHED)
+
+
+def _fits(t: Theirs, values: Tensor) -> None:
+    """Refuse to turn finite values into infinite ones."""
+    most = torch.finfo(t.dtype).max
+    if torch.finfo(values.dtype).max > most and values.numel():
+        low, high = values.aminmax()
+        reach = max(-low.item(), high.item())
+        if most < reach < float("inf"):
+            kind = str(t.dtype).removeprefix("torch.")
+            raise UserError(f"{t.name} holds {reach:.4g}, but --dtype {kind} ends at {most:.4g}: choose another type.")
 
 
 def _shape(part: tuple[str, ParamSpec, Row, int | None]) -> tuple[int, ...]:

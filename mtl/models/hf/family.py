@@ -76,8 +76,14 @@ def read_config(values: Mapping[str, Any]) -> tuple[Family, Config]:
     return family, config
 
 
-def write_config(config: Config, source: Mapping[str, Any] | None) -> tuple[Family, dict[str, Any]]:
-    """Write a config.json: the one it was read from as far as it still holds, else by the first family that can say all of it."""
+def write_config(config: Config, source: Mapping[str, Any] | None, longest: int = 2048) -> tuple[Family, dict[str, Any]]:
+    """Write a config.json: the one it was read from as far as it still holds, else by the first family that can say all of it.
+
+    A model that does not say how many positions it knows is said to know ``longest``.
+    """
+    scaling = config.rope_scaling
+    known = scaling.original if scaling.kind == "dynamic" else longest
+    config = replace(config, max_positions=config.max_positions or known)
     if source is not None:
         family, before = read_config(source)
         if comparable(before) == comparable(config):

@@ -68,6 +68,13 @@ class Fields:
             raise wrong(name, value, "a number")
         return float(value)
 
+    def eps(self, name: str, default: float) -> float:
+        """Take what a norm adds before its root."""
+        value = self.number(name, default)
+        if value < 0:
+            raise wrong(name, value, "a number from 0 on")
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """Take true or false."""
         value = self._take(name, default)
@@ -157,7 +164,7 @@ def read_rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling]:
     kind = said.get("rope_type", said.get("type", "default"))
     if said.get("type", kind) != kind:
         raise UserError(f"config.json: the rope scaling's rope_type is {kind!r} but its type is {said['type']!r}.")
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         raise UserError(f"config.json: rope type {kind!r} is not known. Known: {', '.join(_KEYS)}.")
     extra = said.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *_KEYS[kind]}
     if extra:
@@ -173,6 +180,8 @@ def read_rope(fields: Fields, max_positions: int) -> tuple[float, RopeScaling]:
     scaling = Fields(said if outside is None else {**said, "original_max_position_embeddings": outside})
     top = fields.raw("rope_theta")
     theta = Fields({"rope_theta": said.get("rope_theta", top)}).number("rope_theta", 10000.0)
+    if theta <= 0 or (theta == 1 and kind == "yarn"):
+        raise wrong("rope_theta", theta, "a number above 0, and for yarn not 1")
     if top is not None and top != theta:
         raise UserError(f"config.json: rope_theta is {top}, but inside the rope scaling it is {theta}.")
     return theta, _scaling(str(kind), scaling, max_positions)
