@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import mtl.cli.hf as command
 from experiments.presets import PRESETS
 from mtl import checkpoint, tree
+from mtl.data import tokenizers
+from mtl.data.tokenizers import description
 from mtl.errors import UserError
 from mtl.models import decoder
 from mtl.models.hf import export
@@ -355,11 +357,14 @@ def test_what_a_preset_trained_is_exported(tmp_path: Path) -> None:
     setup = replace(PRESETS["tiny"], model=replace(PRESETS["tiny"].model, embed=32, mlp=40, layers=2, head_size=6))
     specs, rng = decoder.specs(setup.model), torch.Generator().manual_seed(0)
     weights = tree.map(lambda s: torch.randn(s.shape, generator=rng), specs)
-    checkpoint.save(tmp_path / "ckpt", {"params": weights}, config=json.loads(json.dumps(asdict(setup), default=str)))
-    command.main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "back")])
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
-    assert theirs.config.max_position_embeddings == setup.train.seq_len
-    assert open_model(tmp_path / "back").config == replace(setup.model, max_positions=setup.train.seq_len)
+    said = replace(description.describe(tokenizers.load("bytes")), eod=5)
+    for name, beside, end in (("plain", {}, None), ("told", {"_tokenizer.json": description.dumps(said).encode()}, 5)):
+        settings = json.loads(json.dumps(asdict(setup), default=str))
+        checkpoint.save(tmp_path / name, {"params": weights}, config=settings, extra=beside)
+        command.main(["export", str(tmp_path / name), "--out", str(tmp_path / f"{name}-hf")])
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-hf")
+        assert (theirs.config.max_position_embeddings, theirs.config.eos_token_id) == (setup.train.seq_len, end)
+        assert open_model(tmp_path / f"{name}-hf").config == replace(setup.model, max_positions=setup.train.seq_len)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn", "llama3", "linear"])

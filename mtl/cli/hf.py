@@ -15,11 +15,12 @@ import tyro
 from torch import Tensor
 
 import sharding_rules
-from experiments.initial import BESIDE, beside, model_config, newest, spread
+from experiments.initial import BESIDE, TOKENIZER, beside, model_config, newest, spread
 from mtl import checkpoint, params, tree
 from mtl.checkpoint import arrays
 from mtl.checkpoint.contents import Contents
 from mtl.checkpoint.peers import peers
+from mtl.data.tokenizers import description
 from mtl.errors import UserError, unknown
 from mtl.inspect.mesh import parse_mesh
 from mtl.models import decoder
@@ -128,6 +129,7 @@ def export_folder(settings: Export) -> str:
     came: dict[str, Any] = json.loads(kept.pop("import.json", b"{}"))
     source: dict[str, Any] | None = json.loads(kept[CONFIG]) if CONFIG in kept else None
     family, values = write_config(config, source, trained_length(contents))
+    values = values if source is not None else {**values, **special_ids(contents)}
     held = {path: contents.arrays.get(f"params.{path}") for path, _ in tree.paths(decoder.specs(config))}
     check_held(contents, config, held)
     asked = DTYPES.get(settings.dtype or "", settings.dtype)
@@ -155,6 +157,13 @@ def trained_length(contents: Contents) -> int:
     train = contents.config.get("train") if isinstance(contents.config, dict) else None
     length = train.get("seq_len") if isinstance(train, dict) else None
     return length if isinstance(length, int) and length > 0 else 2048
+
+
+def special_ids(contents: Contents) -> dict[str, int | None]:
+    """Give the ids of special tokens in the tokenizer that a run describes; null where there is none, not what a family has by default."""
+    said = description.loads(contents.read(TOKENIZER).decode(), TOKENIZER) if TOKENIZER in contents.files else None
+    roles = {"bos_token_id": "bos", "eos_token_id": "eod", "pad_token_id": "pad"}
+    return {name: None if said is None else getattr(said, role) for name, role in roles.items()}
 
 
 def check_held(contents: Contents, config: decoder.Config, held: Mapping[str, Any]) -> None:
