@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from experiments import planning
+from experiments import planning, recording
 from experiments.settings import Experiment
 from mtl.errors import UserError
 from mtl.inspect import hardware
@@ -84,7 +84,7 @@ def foretell(
     if not first:
         return Foretold(None, "", device, before)
     try:
-        why = planning.refuses(setup, shape)
+        why = planning.refuses(setup)
         found = None if why else planning.plan(setup, _job(setup, shape, par, options, device, documents()), known(device))
     except Exception as error:  # a plan is advice: no fault of it may end a run
         found, why = None, f"{type(error).__name__}: {error}".splitlines()[0]
@@ -96,7 +96,7 @@ def known(device: torch.device) -> hardware.Device | None:
     return hardware.named_like(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
-def _job(setup: Experiment, shape: MeshShape, par: Parallel, options: StepOptions, device: torch.device, documents: bool) -> planning.Job:
+def _job(setup: Experiment, shape: MeshShape, par: Parallel, options: StepOptions, device: torch.device, documents: bool) -> recording.Job:
     kind = "cpu" if device.type == "cpu" else "meta"
     return planning.job_for(setup, par.rules, shape, par.sizes, options, kind, documents, par.engine)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import sharding_rules
 from experiments import planning
-from experiments.settings import Experiment
+from experiments.settings import Experiment, PipelineSettings
 from mtl.errors import UserError
 from mtl.inspect.hardware import Device
 from mtl.inspect.placement import table
@@ -19,6 +19,8 @@ from mtl.sharding.mesh import MeshShape
 from mtl.sharding.rules import Rules
 from mtl.train.step import StepOptions
 
+SCHEDULES = ("1f1b", "zb_v")
+"""Pipelines' schedules that a search tries: the one that stores least, and the one that waits least."""
 LONG = 16384
 """From so many tokens a sample on, meshes that split the sequence are tried although the batch would fill the devices."""
 
@@ -32,10 +34,13 @@ class Candidate:
     remat: str
     micro_batch: int
     micro_batches: int
+    schedule: str | None = None
+    """Of the pipeline, where the mesh has one."""
 
     def __str__(self) -> str:
         """Spell it as flags would."""
-        return f"mesh {self.mesh}, rules {self.rules}, remat {self.remat}, micro-batch {self.micro_batch} x {self.micro_batches}"
+        how = f", schedule {self.schedule}" if self.schedule else ""
+        return f"mesh {self.mesh}, rules {self.rules}, remat {self.remat}, micro-batch {self.micro_batch} x {self.micro_batches}{how}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def search(setup: Experiment, devices: int, budget: int, tokens: int, device: De
     fits: list[tuple[Candidate, Plan]] = []
     large: list[tuple[Candidate, Plan]] = []
     refused: list[tuple[str, str]] = []
-    for mesh in meshes(devices, device.node_size, seq, samples):
+    for mesh in (*meshes(devices, device.node_size, seq, samples), *pipelines(devices, device.node_size, setup.model.layers)):
         for rules in tables(mesh):
             rows = math.prod(getattr(mesh, axis) for axis in rules.act["batch"])
             name = f"mesh {mesh}, rules {rules.name}"
@@ -71,7 +76,8 @@ def search(setup: Experiment, devices: int, budget: int, tokens: int, device: De
                     lack = (at_rest - budget) / 2**30
                     refused.append((name, f"weights and optimizer alone take {at_rest / 2**30:.1f} GiB, {lack:.1f} GiB too much"))
                     continue
-                _try_all(setup, mesh, rules, rows, samples, budget, device, fits, large)
+                attempt = _try_pipeline if mesh.pipe > 1 else _try_all
+                attempt(setup, mesh, rules, rows, samples, budget, device, fits, large)
             except UserError as error:
                 refused.append((name, str(error)))
     if not fits:
@@ -98,10 +104,30 @@ def _try_all(
             break  # computing again saves memory, and there is enough without
 
 
+def _try_pipeline(
+    setup: Experiment, mesh: MeshShape, rules: Rules, rows: int, samples: int, budget: int, device: Device,
+    fits: list[tuple[Candidate, Plan]], large: list[tuple[Candidate, Plan]],
+) -> None:  # fmt: skip
+    """Plan a pipeline of single samples with each schedule; where one does not fit, with layers computed again."""
+    micros = samples // rows
+    if micros < mesh.pipe:
+        raise UserError(f"{micros} micro-batches are too few for a pipeline of {mesh.pipe}")
+    for schedule in SCHEDULES:
+        if setup.model.layers < mesh.pipe * (2 if schedule == "zb_v" else 1):
+            continue
+        for remat in ("none", "full"):
+            candidate = Candidate(mesh, rules.name, remat, 1, micros, schedule)
+            plan = plan_one(setup, candidate, rules, samples, device)
+            (fits if plan.memory.peak <= budget else large).append((candidate, plan))
+            if plan.memory.peak <= budget:
+                break
+
+
 def plan_one(setup: Experiment, candidate: Candidate, rules: Rules, samples: int, device: Device) -> Plan:
     """Plan one candidate."""
     train = dataclasses.replace(setup.train, global_batch_size=samples, micro_batch_size=candidate.micro_batch)
-    setup = dataclasses.replace(setup, train=train)
+    piped = PipelineSettings(candidate.schedule, microbatches=candidate.micro_batches if candidate.schedule else None)
+    setup = dataclasses.replace(setup, train=train, pipeline=piped)
     rows = math.prod(getattr(candidate.mesh, axis) for axis in rules.act["batch"])
     seq = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), train.seq_len)
     sizes = {**decoder.sizes(setup.model), **seq, "batch": rows * candidate.micro_batch}
@@ -129,6 +155,13 @@ def meshes(devices: int, node: int, seq: int, samples: int) -> Iterator[MeshShap
             rest = left // context
             for fsdp in {rest, max(1, math.gcd(rest, node // math.gcd(node, tensor))), 1}:
                 yield MeshShape(replica=rest // fsdp, fsdp=fsdp, context=context, tensor=tensor)
+
+
+def pipelines(devices: int, node: int, layers: int) -> Iterator[MeshShape]:
+    """Give the pipelines worth a try: beside them tensor parallelism within a node and copies of the whole."""
+    for pipe in (n for n in (2, 4, 8, 16) if devices % n == 0 and n <= layers):
+        for tensor in (n for n in _divisors(devices // pipe) if n <= min(node, 8)):
+            yield MeshShape(pipe=pipe, replica=devices // pipe // tensor, tensor=tensor)
 
 
 def tables(mesh: MeshShape) -> Iterator[Rules]:
@@ -221,5 +254,5 @@ def _slow(plan: Plan, best: Plan) -> str:
     if plan.seconds is None or best.seconds is None:
         return ""
     mine, theirs = plan.seconds, best.seconds
-    part = max(("products", "attention", "other kernels", "communication shown"), key=lambda name: mine[name] - theirs[name])
+    part = max(("products", "attention", "other kernels", "communication shown", "bubble"), key=lambda name: mine[name] - theirs[name])
     return f"{part} {mine[part]:.2f} s against {theirs[part]:.2f}"

@@ -80,7 +80,7 @@ def planned(
     documents: bool, engine: bool = False,
 ) -> Callable[[str], Plan]:  # fmt: skip
     """Make ``plan(remat)``: the plan of the run's step with it."""
-    if why := planning.refuses(setup, shape):
+    if why := planning.refuses(setup):
         raise UserError(
             f"--remat {setup.remat} needs a plan of the step, and there is none: {why}. Choose none, selective, full or every:N."
         )

@@ -1,7 +1,13 @@
 """Switched off must fail: collectives and products counted in the captured graph, for every table and remat choice."""
 
-import pytest
+import weakref
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor
+
+from mtl.train.gradient import accumulate
 from tests.ranks import Ranks
 
 LAYERS, WEIGHTS, TRIPS = 2, 7, 4  # query, key, value, out, gate, up, down; those that share an input travel together
@@ -88,3 +94,17 @@ def test_pieces_of_an_mlp_compute_nothing_more_often(ranks: Ranks) -> None:
     whole, pieces = (ranks.run("tests.cases.graphs:counts", 1, table="single", world=1, remat="full", pieces=n) for n in (1, 4))
     # Forward gate, up and down; gate and up again; two products of each backward: for every piece, on a quarter of the tokens.
     assert pieces["mm"] == whole["mm"] + 2 * 3 * (3 + 2 + 6)
+
+
+def test_gradients_of_earlier_micro_batches_are_let_go() -> None:
+    """Accumulating three micro-batches holds the sum and one more gradient, not the last one's beside it."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def gradient(params: Any, batch: Any, scale: Tensor) -> Any:
+        assert all(earlier() is None for earlier in made), "an earlier gradient lives on"
+        grad = torch.full((4,), 1.0, dtype=torch.bfloat16)
+        made.append(weakref.ref(grad))
+        return {"w": grad}, torch.zeros(2)
+
+    total, shares = accumulate(gradient, {}, {"tokens": torch.zeros(4, 1)}, torch.ones(()), torch.float32)
+    assert total["w"].tolist() == [4.0] * 4 and total["w"].dtype == torch.float32 and shares.shape == (4, 2)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import plan_search, planning, pretrain
+from experiments import plan_search, planning, pretrain, recording
 from experiments.presets import PRESETS
 from experiments.settings import MeshSettings
 from mtl.cli import plan as command
@@ -90,9 +90,9 @@ def test_micro_batches_multiply_the_gradient_alone(ranks: Ranks) -> None:
 def test_short_models_tell_what_long_ones_do(remat: str, how: str) -> None:
     """Seven layers, recorded whole: the same products, bytes and peak as extrapolated from fewer."""
     job = job_of("fsdp_tensor", 4, "llama", remat, how, layers=9)
-    records = planning.record(job)
+    records = recording.record(job)
     assert records.rounds >= 1
-    whole = planning.record_gradient(job, 9)
+    whole = recording.record_gradient(job, 9)
     assert count(records.ran(whole)) == records.counts()["gradient"]
     exact = dataclasses.replace(records, few=whole, more=whole, rounds=0)
     assert memory(records).peak == pytest.approx(memory(exact).peak, rel=1e-6)
@@ -102,8 +102,8 @@ def test_short_models_tell_what_long_ones_do(remat: str, how: str) -> None:
 def test_weights_gathered_ahead_count_once(remat: str) -> None:
     """What the first gathers of a short model lack is no cost of a layer: many thin shards, whose peak lies where that would show."""
     job, _ = preset_job("llama3_70b", MeshShape(fsdp=256), 1, 4096, 11, remat=remat)
-    records = planning.record(job)
-    whole = planning.record_gradient(job, 11)
+    records = recording.record(job)
+    whole = recording.record_gradient(job, 11)
     assert records.rounds >= 3
     found, exact = memory(records), memory(dataclasses.replace(records, few=whole, more=whole, rounds=0))
     assert found.parts == exact.parts and found.when == exact.when
@@ -117,8 +117,8 @@ def test_every_table_is_planned_for_gpus(name: str) -> None:
     sizes = {**decoder.sizes(model), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), 64), "batch": 8}
     options = StepOptions(PRECISIONS["bf16"], "selective", "step")
     optimizer = adamw(decayed(decoder.specs(model)))
-    job = planning.Job(model, load(name), mesh, sizes, options, optimizer, schedule("constant", 1.0, 1), 1)
-    apart = [count(planning.record_gradient(dataclasses.replace(job, documents=d), 1).ops) for d in (False, True)]
+    job = recording.Job(model, load(name), mesh, sizes, options, optimizer, schedule("constant", 1.0, 1), 1)
+    apart = [count(recording.record_gradient(dataclasses.replace(job, documents=d), 1).ops) for d in (False, True)]
     assert apart[0].matmul_flops == apart[1].matmul_flops > 0
     assert apart[0].attention_flops > 0 and apart[1].attention_flops > 0
 
@@ -126,11 +126,11 @@ def test_every_table_is_planned_for_gpus(name: str) -> None:
 def test_layers_that_differ_are_told_apart() -> None:
     config = dataclasses.replace(MODELS["mistral"], layers=6, full_layers=(1, 3, 5))
     job = dataclasses.replace(job_of("single", 1, "mistral", "none", "none"), config=config)
-    assert planning.repeat(job) == 2
-    assert planning.repeat(dataclasses.replace(job, config=dataclasses.replace(config, full_layers=(5,)))) == 6
+    assert recording.repeat(job) == 2
+    assert recording.repeat(dataclasses.replace(job, config=dataclasses.replace(config, full_layers=(5,)))) == 6
 
 
-def preset_job(name: str, mesh: MeshShape, micro: int, seq: int, layers: int | None = None, **options: Any) -> tuple[planning.Job, int]:
+def preset_job(name: str, mesh: MeshShape, micro: int, seq: int, layers: int | None = None, **options: Any) -> tuple[recording.Job, int]:
     """Describe a preset's step on H200s in bf16."""
     config = PRESETS[name].model
     config = dataclasses.replace(config, layers=layers or config.layers)
@@ -140,13 +140,13 @@ def preset_job(name: str, mesh: MeshShape, micro: int, seq: int, layers: int | N
     sizes = {**decoder.sizes(config), **seqs, "batch": rows * micro}
     chosen = StepOptions(PRECISIONS["bf16"], **{"compile": "step", **options})
     optimizer = adamw(decayed(decoder.specs(config)))
-    return planning.Job(config, rules, mesh, sizes, chosen, optimizer, schedule("constant", 1.0, 1), 1), rows * micro * seq
+    return recording.Job(config, rules, mesh, sizes, chosen, optimizer, schedule("constant", 1.0, 1), 1), rows * micro * seq
 
 
 def test_llama3_8b_over_four_by_hand() -> None:
     """FSDP: layers twice, embedding and fused head once, in bf16; gradients once, in bf16 too; 6 N products a token."""
     job, tokens = preset_job("llama3_8b", MeshShape(fsdp=4), 2, 8192)
-    found = planning.record(job).counts()["gradient"]
+    found = recording.record(job).counts()["gradient"]
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
     table = 128256 * 4096
     assert found.bytes["all_gather", ("fsdp",)] == 2 * (2 * 32 * layer + 2 * table)
@@ -154,7 +154,7 @@ def test_llama3_8b_over_four_by_hand() -> None:
     assert found.matmul_flops == 6 * (32 * layer + table) * tokens // 4
     pairs = 8192 * 8193 // 2
     assert found.attention_flops == (4 + 10) * 2 * 32 * 128 * pairs * 32
-    rest = planning.record(job).rest
+    rest = recording.record(job).rest
     norms = 65 * 4096
     assert rest["weights"] == 4 * ((32 * layer + 2 * table) // 4 + norms)
     assert rest["optimizer"] == pytest.approx(2 * rest["weights"], abs=8)
@@ -173,12 +173,12 @@ def test_slots_of_copy_engines_are_those_of_a_real_step(ranks: Ranks, table: str
 def test_slots_of_llama3_8b_by_hand() -> None:
     """Slots are as large as the largest transfer: gate and up for gathers, a vocabulary beside it, and its gradient for sums."""
     job, _ = preset_job("llama3_8b", MeshShape(fsdp=4), 2, 8192)
-    assert "transfer slots" not in planning.record(job).rest
-    records = planning.record(dataclasses.replace(job, engine=True))
+    assert "transfer slots" not in recording.record(job).rest
+    records = recording.record(dataclasses.replace(job, engine=True))
     gate_up, vocab = 2 * 2 * 14336 * 4096, 2 * 128256 * 4096
     assert records.rest["transfer slots"] == (4 * gate_up + vocab) // 4 + 3 * vocab + 3 * 2 * 4096
     assert memory(records).parts["transfer slots"] == records.rest["transfer slots"]
-    assert records.total().bytes == planning.record(job).total().bytes, "the same weights travel, and as often"
+    assert records.total().bytes == recording.record(job).total().bytes, "the same weights travel, and as often"
 
 
 def test_plans_take_copy_engines_where_runs_do() -> None:
@@ -206,8 +206,8 @@ def test_full_remat_keeps_the_inputs_of_layers(how: str, most: int) -> None:
     jobs = [preset_job("llama_1b", MeshShape(), 2, 4096, layers=n, remat="full", compile=how)[0] for n in (4, 8)]
     kept: list[int] = []
     for job in jobs:
-        records = planning.record(job)
-        life = records.life(planning.record_gradient(job, job.config.layers))
+        records = recording.record(job)
+        life = records.life(recording.record_gradient(job, job.config.layers))
         head = next(k.place for k in life.kernels if k.op.scope == "head")
         kept.append(life.alive(head)["activations"])
     small, large = kept
@@ -227,7 +227,7 @@ def test_measured_runs(case: tuple[str, MeshShape, int, int, int | None, float |
     name, mesh, micro, seq, layers, gib, ms = case
     job, tokens = preset_job(name, mesh, micro, seq, layers)
     flops = flops_per_token(decoder.specs(job.config), job.config, seq)
-    plan = make_plan(planning.record(job), hardware.load("h200"), tokens, flops)
+    plan = make_plan(recording.record(job), hardware.load("h200"), tokens, flops)
     assert gib is None or plan.memory.peak / 2**30 == pytest.approx(gib, rel=0.05)
     assert plan.step is not None
     assert plan.step * 1e3 == pytest.approx(ms, rel=0.1)
@@ -258,7 +258,7 @@ def test_windows_are_counted() -> None:
 def test_thousands_of_devices_are_quick() -> None:
     start = time.process_time()
     job, tokens = preset_job("gpt3_175b", MeshShape(replica=16, fsdp=128, tensor=8), 1, 2048)
-    plan = make_plan(planning.record(job), hardware.load("h100"), tokens, 1.0)
+    plan = make_plan(recording.record(job), hardware.load("h100"), tokens, 1.0)
     assert plan.devices == 16384
     assert time.process_time() - start < 5
 

@@ -10,7 +10,7 @@ import tyro
 
 from experiments import plan_search, planning, pretrain
 from experiments.presets import PRESETS
-from experiments.settings import Experiment, OptimSettings, TrainSettings
+from experiments.settings import Experiment, OptimSettings, PipelineSettings, TrainSettings
 from mtl.cli.preset_flags import place, take_preset
 from mtl.errors import UserError
 from mtl.inspect import hardware
@@ -42,6 +42,8 @@ class PlanSettings:
     """Rows hold several documents that attention keeps apart, as experiments/finetune.py packs them."""
     remat: str = "none"
     """What is computed again in backward: none, selective, full, or every:N."""
+    pipeline: PipelineSettings = field(default_factory=PipelineSettings)
+    """Schedule, micro-batches and stages where the mesh has pipe."""
     train: TrainSettings = field(default_factory=TrainSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     html: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
@@ -76,7 +78,7 @@ def main(arguments: list[str]) -> None:
         device = dataclasses.replace(device, node_size=settings.node_size)
     setup = dataclasses.replace(
         preset, model=settings.model, train=settings.train, optim=settings.optim, precision=settings.precision, remat=settings.remat,
-        compile=settings.compile, transport=settings.transport,
+        compile=settings.compile, transport=settings.transport, pipeline=settings.pipeline,
     )  # fmt: skip
     if settings.search:
         search(name, setup, settings, device)

@@ -17,7 +17,7 @@ PHASES = ("products", "attention", "other kernels", "communication shown", "bubb
 
 def as_text(plan: Plan, title: str) -> str:
     """Draw a plan in plain text."""
-    lines = [title, "", *memory_lines(plan), "", *work_lines(plan)]
+    lines = [title, "", *memory_lines(plan), *pipeline_lines(plan), "", *work_lines(plan)]
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 
 
@@ -64,6 +64,20 @@ def memory_lines(plan: Plan) -> list[str]:
         lines.append(f"  {part:18}{size(count):>12}  {'#' * round(40 * count / peak)}")
     room = "" if plan.capacity is None else f" of {size(plan.capacity)}" + ("" if plan.fits else ": DOES NOT FIT")
     return [*lines, f"  {'peak':18}{size(plan.memory.peak):>12}{room}, at: {plan.memory.when}"]
+
+
+def pipeline_lines(plan: Plan) -> list[str]:
+    """Draw a pipeline's devices, each with its peak."""
+    piped = plan.piped
+    if piped is None:
+        return []
+    waits = "" if piped.bubble is None else f", {piped.bubble:.1%} of all devices' time is bubble"
+    lines = ["", f"pipeline: {piped.schedule}, {piped.microbatches} micro-batches{waits}"]
+    lines += [f"  {'device':>6}  {'stages':12}{'layers':>7}{'stored':>8}{'activations':>14}{'peak':>12}  at"]
+    for at in piped.positions:
+        stages, kept = " ".join(map(str, at.stages)), size(at.memory.parts["activations"])
+        lines.append(f"  {at.device:>6}  {stages:12}{at.layers:>7}{at.stored:>8}{kept:>14}{size(at.memory.peak):>12}  {at.memory.when}")
+    return lines
 
 
 def work_lines(plan: Plan) -> list[str]:
@@ -119,9 +133,29 @@ def as_page(plan: Plan, title: str, about: str) -> str:
             body.append(f"<p class=note>Communication beside compute: {seconds(hidden)}.</p>")
     rows = [("products", f"{plan.matmul_flops:,} FLOP in {plan.matmuls:,}"), ("attention", f"{plan.attention_flops:,} FLOP")]
     body += ["<h2>Work of one device in a step</h2>", "<table>", *(f"<tr><td>{a}</td><td class=number>{b}</td></tr>" for a, b in rows)]
-    body += ["</table>", "<h2>Communication of one device in a step</h2>", _traffic(plan)]
+    body += ["</table>", *_pipeline(plan), "<h2>Communication of one device in a step</h2>", _traffic(plan)]
     body += [f"<p class=note>{html.escape(note)}</p>" for note in plan.notes]
     return page(title, "\n".join(body), "plan.js", plan.as_json())
+
+
+def _pipeline(plan: Plan) -> list[str]:
+    piped = plan.piped
+    if piped is None:
+        return []
+    head = (
+        "".join(f"<th class=number>{name}</th>" for name in ("device", "stages", "layers", "stored", "activations", "peak")) + "<th>at</th>"
+    )
+    rows = "".join(
+        f"<tr><td class=number>{at.device}</td><td class=number>{' '.join(map(str, at.stages))}</td><td class=number>{at.layers}</td>"
+        f"<td class=number>{at.stored}</td><td class=number>{size(at.memory.parts['activations'])}</td>"
+        f'<td class=number data-bytes="{at.memory.peak}">{size(at.memory.peak)}</td><td>{html.escape(at.memory.when)}</td></tr>'
+        for at in piped.positions
+    )
+    waits = "" if piped.bubble is None else f" {piped.bubble:.1%} of all devices' time is bubble."
+    about = f"<p>{html.escape(piped.schedule)}, {piped.microbatches} micro-batches.{waits}"
+    about += " What is above is of the fullest (memory) and the busiest (work) device.</p>"
+    table = f'<div class="wide"><table id=pipeline><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return ["<h2>Devices of the pipeline</h2>", about, table]
 
 
 def _bar(parts: Mapping[str, float], whole: float, unit: str) -> str:

@@ -49,6 +49,12 @@ class Device:
             raise UserError(f"device table {self.name!r} has no peak_flops for {dtype}: it has {', '.join(self.peak_flops)}.")
         return self.peak_flops[dtype]
 
+    def products(self, dtype: str, fp8: bool = False) -> float:
+        """Give the operations a second that matrix products reach; where the table has no fp8 peak, those of ``dtype``."""
+        if fp8 and "float8_e4m3fn" in self.peak_flops:
+            return self.peak_flops["float8_e4m3fn"] * self.efficiency.get("matmul_fp8", self.efficiency["matmul"])
+        return self.peak(dtype) * self.efficiency["matmul"]
+
     def attention(self, direction: str, head: int) -> float:
         """Give attention's share of the peak for the nearest head size that was measured."""
         table: Mapping[str, float] = self.efficiency[f"attention_{direction}"]

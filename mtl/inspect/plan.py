@@ -102,6 +102,28 @@ class Sent:
 
 
 @dataclass(frozen=True)
+class Position:
+    """One device of a pipeline: its stages, the most micro-batches of a stage that it stores at once, its memory."""
+
+    device: int
+    stages: tuple[int, ...]
+    layers: int
+    stored: int
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Piped:
+    """A pipeline's part of a plan. ``bubble`` is the share of all devices' time in which they wait; None without a device table."""
+
+    schedule: str
+    microbatches: int
+    layers_per_stage: tuple[int, ...]
+    bubble: float | None
+    positions: tuple[Position, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A step on one device of a mesh. Times are None where no device table says how fast it is."""
 
@@ -117,6 +139,7 @@ class Plan:
     model_flops: float
     peak_flops: float | None
     notes: tuple[str, ...] = field(default=())
+    piped: Piped | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -167,6 +190,7 @@ class Plan:
             "tokens_per_second_per_device": self.tokens_per_second,
             "mfu": self.mfu,
             "notes": list(self.notes),
+            "pipeline": None if self.piped is None else dataclasses.asdict(self.piped),
         }
 
 
@@ -195,17 +219,27 @@ def memory(records: Records, workspace: int = 0) -> Memory:
         parts["gradients"] = parts.get("gradients", 0) + records.summed
     best = _phase(records, parts, _where(few, place[0]))
     update = records.life(records.update)
-    line = update.timeline()
-    if line:
-        top = max(range(len(line)), key=line.__getitem__)
-        during = update.alive(top)
-        grads = sum(n for b, n in update.sizes.items() if records.update.inputs.get(b, "").startswith("gradients"))
-        during = {"gradients": during.get("gradients", 0) + grads, "workspace": sum(n for k, n in during.items() if k != "gradients")}
-        later = _phase(records, during, f"update, {update.kernels[top].op.name}")
-        best = max(best, later, key=lambda found: found[0])
-    known = {part: best[1].get(part, 0) for part in PARTS}
-    known["workspace"] += workspace + sum(n for part, n in best[1].items() if part not in PARTS)
-    return Memory(known, best[2])
+    if update.kernels:
+        during, when = update_memory(records.update, update)
+        best = max(best, _phase(records, during, when), key=lambda found: found[0])
+    return Memory(known_parts(best[1], workspace), best[2])
+
+
+def update_memory(trace: Trace, life: Life) -> tuple[dict[str, int], str]:
+    """Give what is there beside the state at the update's peak, and when that is."""
+    line = life.timeline()
+    top = max(range(len(line)), key=line.__getitem__)
+    during = life.alive(top)
+    grads = sum(n for b, n in life.sizes.items() if trace.inputs.get(b, "").startswith("gradients"))
+    parts = {"gradients": during.get("gradients", 0) + grads, "workspace": sum(n for k, n in during.items() if k != "gradients")}
+    return parts, f"update, {life.kernels[top].op.name}"
+
+
+def known_parts(parts: Mapping[str, int], workspace: int) -> dict[str, int]:
+    """Sort bytes into the parts that a plan shows."""
+    known = {part: parts.get(part, 0) for part in PARTS}
+    known["workspace"] += workspace + sum(n for part, n in parts.items() if part not in PARTS)
+    return known
 
 
 def _phase(records: Records, parts: Mapping[str, int], when: str) -> tuple[int, dict[str, int], str]:
@@ -265,6 +299,11 @@ def sent(records: Records, device: Device | None) -> list[Sent]:
                       (records.ran(records.more), records.rounds * records.micro_batches)]),
         ("update", [(records.ran(records.update), 1)]),
     ]  # fmt: skip
+    return sent_in(phases, records.mesh, device)
+
+
+def sent_in(phases: Sequence[tuple[str, Sequence[tuple[Sequence[Op], int]]]], mesh: MeshShape, device: Device | None) -> list[Sent]:
+    """Add up what lists of operations send, each taken so many times, by phase."""
     rows: list[Sent] = []
     for phase, lists in phases:
         sums: dict[tuple[str, tuple[str, ...]], list[float]] = {}
@@ -272,7 +311,7 @@ def sent(records: Records, device: Device | None) -> list[Sent]:
         for ops, weight in lists:
             for wire in (op.wire for op in ops if op.wire is not None):
                 key = (wire.collective, wire.axes)
-                went = _traffic(wire, records.mesh, device)
+                went = _traffic(wire, mesh, device)
                 links[key] = went.link
                 row = sums.setdefault(key, [0, 0, 0, 0.0])
                 for i, value in enumerate((1, wire.bytes, went.sent, went.seconds)):
@@ -302,11 +341,8 @@ def times(records: Records, device: Device) -> dict[str, float]:
 
     few, more = part(records.few, overlapped), part(records.more, overlapped)
     gradient = timing.combine((few, more), (1 - records.rounds, records.rounds))
-    gather, update = part(records.gather, False), part(records.update, False)
-    if records.compile != "none":  # one pass over state and gradients, after one over the gradients for their norm
-        state = sum(n for b, n in records.update.sizes.items() if b in records.update.outputs and b in records.update.inputs)
-        grads = sum(n for b, n in records.update.sizes.items() if records.update.inputs.get(b, "").startswith("gradients"))
-        update["other kernels"] = 2 * (state + grads) / (device.memory_bandwidth * device.efficiency["memory"])
+    gather = part(records.gather, False)
+    update = update_seconds(records.update, records.life(records.update), records.mesh, device, records.dtype, records.compile != "none")
     found = timing.combine((gather, gradient, update), (1, records.micro_batches, 1))
     if records.micro_batches > 1:  # sums are read and written, gradients read
         adding = 3 * (records.micro_batches - 1) * records.summed
@@ -320,3 +356,13 @@ def times(records: Records, device: Device) -> dict[str, float]:
         "of these the update": update_time, "communication shown": shown, "communication hidden": hidden, "bubble": 0.0,
         "step": compute + shown,
     }  # fmt: skip
+
+
+def update_seconds(trace: Trace, life: Life, mesh: MeshShape, device: Device, dtype: str, compiled: bool) -> dict[str, float]:
+    """Time the update by kind: compiled, one pass over state and gradients, after one over the gradients for their norm."""
+    found = timing.seconds(life, mesh, device, dtype, False)
+    if compiled:
+        state = sum(n for b, n in trace.sizes.items() if b in trace.outputs and b in trace.inputs)
+        grads = sum(n for b, n in trace.sizes.items() if trace.inputs.get(b, "").startswith("gradients"))
+        found["other kernels"] = 2 * (state + grads) / (device.memory_bandwidth * device.efficiency["memory"])
+    return found

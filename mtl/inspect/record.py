@@ -185,7 +185,7 @@ def _wire(name: str, args: Any, results: list[Tensor]) -> Wire | None:
     rows = args[2]
     row = args[0].element_size() * (args[0].numel() // max(args[0].shape[0], 1))
     ring = sum(1 for n in rows if n) == 1
-    return Wire("permute" if ring else "all_to_all", tuple(group.split("+")), sizes[0], sum(rows) * row if ring else None)
+    return Wire("permute" if ring else "all_to_all", tuple(group.split("+")), max(sizes), sum(rows) * row if ring else None)
 
 
 def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

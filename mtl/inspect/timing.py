@@ -45,7 +45,7 @@ def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
     moving = kernel.bytes / (device.memory_bandwidth * device.efficiency["memory"])
     op = kernel.op
     if op.kind == "matmul":
-        return device.launch + max(op.flops / (device.peak(dtype) * device.efficiency["matmul"]), moving)
+        return device.launch + max(op.flops / device.products(dtype, op.name == "_scaled_mm"), moving)
     if op.kind == "attention":
         share = device.attention("backward" if "backward" in op.name else "forward", op.shape[0] if op.shape else 128)
         return device.launch + max(op.flops / (device.peak(dtype) * share), moving)
@@ -53,7 +53,10 @@ def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
 
 
 def seconds(life: Life, mesh: MeshShape, device: Device, dtype: str, overlapped: bool) -> dict[str, float]:
-    """Time a record by kind. With ``overlapped``, gathers of weights and sums of gradients run beside compute, in part."""
+    """Time a record by kind. With ``overlapped``, gathers of weights and sums of gradients run beside compute, in part.
+
+    What copy engines move takes no multiprocessors from the products beside it, and the link reaches what it reaches alone.
+    """
     found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for kernel in life.kernels:
         op = kernel.op
@@ -63,7 +66,8 @@ def seconds(life: Life, mesh: MeshShape, device: Device, dtype: str, overlapped:
             continue
         kinds = {life.kinds.get(b) for b in (*op.reads, *op.makes)}
         hides = overlapped and (kinds & {"gathered weights"} or (kinds & {"gradients"} and sums_gradients(op, life.kinds)))
-        found["hidden communication" if hides else "communication"] += traffic(op.wire, mesh, device, bool(hides)).seconds
+        beside = bool(hides) and op.wire.slot is None
+        found["hidden communication" if hides else "communication"] += traffic(op.wire, mesh, device, beside).seconds
     return found
 
 

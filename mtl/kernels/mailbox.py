@@ -95,6 +95,13 @@ class Mailbox:
         return self._handle.buffer_ptrs[member] + self._end + PAGE * row + 4 * other
 
 
+def room(sources: Sequence[Sequence[int]], member: int, slots: int, size: int) -> int:
+    """Count the bytes of a member's mailbox: slots for what comes, two outboxes for each receiver."""
+    size = -(-size // PAGE) * PAGE
+    receivers = sum(member in row for row in sources)
+    return max(len(row) for row in sources) * slots * size + 2 * PAGE + receivers * OUTBOX * size
+
+
 _BOXES: dict[tuple[str, tuple[tuple[int, ...], ...]], Mailbox] = {}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.functional import pad
 
 from mtl.axes import LETTERS
 from mtl.errors import unknown
@@ -16,6 +17,8 @@ from mtl.sharding.parallel import Parallel
 
 LOGITS = 2**30 - 2**24
 """The fused head computes logits for as many tokens at a time as make at most so many bytes."""
+ALIGNED = 64
+"""GPUs multiply by heads of such a multiple of columns: rows of 50,257 logits would start between the words that they read at once."""
 EXACT = 2
 """Up to so many tiles add up the head's gradient in the type of compute, rounding once each; the sum of more is kept in float32."""
 
@@ -39,7 +42,9 @@ def cross_entropy(
         raise unknown("cross-entropy impl", impl, ("auto", "plain", "fused"))
     if impl == "fused" or (impl == "auto" and x.device.type != "cpu"):
         head = fetch(par, letters, w, x.dtype)
-        loss, entropy = _fused(par, x, head.t() if letters == "VD" else head, targets, weights, z_loss)
+        head = head.t() if letters == "VD" else head
+        odd = 0 if x.device.type == "cpu" else -head.shape[1] % ALIGNED
+        loss, entropy = _fused(par, x, pad(head, (0, odd)) if odd else head, targets, weights, z_loss)
     else:
         logits = linear(par, f"BSD,{letters}->BSV", x, w).to(wide(x.dtype))
         entropy_, square = _plain(par, _hide_padding(par, logits), targets)
@@ -86,7 +91,7 @@ class _Fused(Function):
     ) -> tuple[Tensor, ...]:
         axes, (start, size) = par.axes("V"), par.span("V")
         real = min(par.sizes[LETTERS["V"]] - start, size)
-        dtype, tile = wide(x.dtype), tile_rows(x.shape[0], size, x.dtype)
+        dtype, tile = wide(x.dtype), tile_rows(x.shape[0], w.shape[1], x.dtype)
         loss, entropy = (torch.zeros((), dtype=dtype, device=x.device) for _ in range(2))
         dx: list[Tensor] = []
         dw = torch.empty_like(w, dtype=x.dtype if x.shape[0] <= EXACT * tile else dtype) if wanted[1] else None

@@ -12,7 +12,8 @@ from mtl.pipeline.table import Action, Table
 class Costs:
     """Times of one stage's forward, gradient of its input, gradient of its weights, and of sending between devices.
 
-    ``work`` makes stages unequal: each stage's times are multiplied by its number there.
+    ``work`` makes stages unequal: each stage's times are multiplied by its number there. ``stages`` gives each stage its own times: of F,
+    of B, of I (a B that leaves the weights' gradients to W) and of W.
     """
 
     forward: float = 1.0
@@ -20,9 +21,12 @@ class Costs:
     weight: float = 1.0
     send: float = 0.0
     work: tuple[float, ...] = ()
+    stages: tuple[Mapping[str, float], ...] = ()
 
     def of(self, action: Action, split: bool) -> float:
         """Give the time of an action; a backward that is not split does the weights' part too."""
+        if self.stages:
+            return self.stages[action.stage]["I" if split and action.kind == "B" else action.kind]
         own = {"F": self.forward, "B": self.backward if split else self.backward + self.weight, "W": self.weight}[action.kind]
         return own * (self.work[action.stage] if self.work else 1.0)
 
@@ -62,8 +66,9 @@ class Timeline:
 def simulate(table: Table, costs: Costs | None = None) -> Timeline:
     """Run a table on paper. A table that comes to a stand is an error that names the actions."""
     costs = costs or Costs()
-    if costs.work and len(costs.work) != table.stages:
-        raise UserError(f"costs give work for {len(costs.work)} stages, but schedule {table.name!r} has {table.stages}.")
+    given = len(costs.work or costs.stages)
+    if given not in (0, table.stages):
+        raise UserError(f"costs give work for {given} stages, but schedule {table.name!r} has {table.stages}.")
     ends: dict[Action, float] = {}
     spans: list[list[Span]] = [[] for _ in table.rows]
     clock, place = [0.0] * table.devices, [0] * table.devices

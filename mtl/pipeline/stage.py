@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtl import tree
@@ -93,7 +94,7 @@ def trace_pieces(
 
     ``layer`` and ``outer`` are trees of `Form`: of one layer's and of the other parameters.
     """
-    mode = FakeTensorMode()
+    mode = detect_fake_mode() or FakeTensorMode()
     device = batch["tokens"].device
 
     def faked(forms: tree.Tree) -> tree.Tree:

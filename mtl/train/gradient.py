@@ -64,9 +64,14 @@ def accumulate(gradient: Gradient, params: tree.Tree, batch: Batch, scale: Tenso
         if total is None:
             total = tree.map(lambda g: g.to(torch.promote_types(g.dtype, reduce)), grads) if batch["tokens"].shape[0] > 1 else grads
         else:
-            for t, g in zip(tree.leaves(total), tree.leaves(grads), strict=True):
-                t.add_(g)
+            _add(total, grads)
+        del grads  # else they would live beside the next micro-batch's
     return total, torch.stack(shares)
+
+
+def _add(total: tree.Tree, grads: tree.Tree) -> None:
+    for t, g in zip(tree.leaves(total), tree.leaves(grads), strict=True):
+        t.add_(g)
 
 
 def reduce_gradients(par: Parallel, letters: tree.Tree, grads: tree.Tree, params: tree.Tree) -> tree.Tree:

@@ -12,20 +12,30 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharding_rules
-from experiments.planning import Job, record, slots
+from experiments.plan_pipeline import Drawn
+from experiments.recording import Job, record, slots
 from mtl import tree
 from mtl.kernels.copy_engine import room
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.params import decayed, init
+from mtl.pipeline.schedules import build
+from mtl.pipeline.stage import Training, split_layers
 from mtl.precision import PRECISIONS
-from mtl.sharding.mesh import make_mesh
+from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
+from mtl.train import pipelined
+from mtl.train.pipelined import Pipeline, make_pipelined_step
 from mtl.train.state import init_state
 from mtl.train.step import StepOptions, make_step
 from tests.cases.train import SCHEDULE, batch
 from tests.small import BATCH, MESHES, MODELS, SEQ
+
+WORDS = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor"} | dict.fromkeys(
+    ("all_to_all", "permute"), "all_to_all_single"
+)
+"""The planner's names of collectives, and those of torch's operations."""
 
 
 def local_shapes(table: str, world: int, model: str) -> list[dict[str, list[int]]]:
@@ -101,9 +111,11 @@ def step_counts(table: str, world: int, model: str, remat: str, how: str, micros
     return {"times": dict(tally.times), "bytes": dict(tally.bytes), "flops": tally.flops}
 
 
-def job_of(table: str, world: int, model: str, remat: str, how: str, micros: int = 1, layers: int = 3) -> Job:
+def job_of(
+    table: str, world: int, model: str, remat: str, how: str, micros: int = 1, layers: int = 3, mesh: MeshShape | None = None
+) -> Job:
     """Describe a small step in float64 on the CPU."""
-    config, rules, shape = replace(MODELS[model], layers=layers), sharding_rules.load(table), MESHES[table][world]
+    config, rules, shape = replace(MODELS[model], layers=layers), sharding_rules.load(table), mesh or MESHES[table][world]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     names = dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ)
     sizes = {**decoder.sizes(config), **names, "batch": BATCH // micros}
@@ -115,12 +127,11 @@ def job_of(table: str, world: int, model: str, remat: str, how: str, micros: int
 def planned_counts(table: str, world: int, model: str, remat: str, how: str, micros: int = 1, layers: int = 3, device: int = 0) -> Any:
     """Plan the same step without ranks, in the words of `step_counts`."""
     found = record(job_of(table, world, model, remat, how, micros, layers), device).total()
-    words = {"all_gather": "all_gather_into_tensor", "reduce_scatter": "reduce_scatter_tensor", "all_to_all": "all_to_all_single"}
 
     def spell(values: Any) -> dict[str, int]:
         spelled: collections.Counter[str] = collections.Counter()
         for (name, axes), n in values.items():
-            spelled[f"{words.get(name.replace('permute', 'all_to_all'), name)} {'+'.join(axes)}"] += n
+            spelled[f"{WORDS.get(name, name)} {'+'.join(axes)}"] += n
         return dict(spelled)
 
     times = {**spell(found.times), "matmul": found.matmuls}
@@ -152,3 +163,67 @@ def engine_transfers(table: str, world: int, model: str, remat: str) -> dict[str
         "ran": sorted(seen), "planned": sorted(slots(records.few, *[records.more] * (records.rounds > 0))),
         "room": room(seen), "part": records.rest.get("transfer slots", 0),
     }  # fmt: skip
+
+
+def pipeline_of(mesh: dict[str, int], table: str, model: str, schedule: str, micros: int, remat: str, layers: int) -> tuple[Job, Pipeline]:
+    """Describe a small step through a pipeline."""
+    job = job_of(table, 0, model, remat, "none", micros, layers, MeshShape(**mesh))
+    rows = build(schedule, job.mesh.pipe, micros)
+    return job, Pipeline(lambda m: rows, split_layers(layers, rows.stages, 1.0, 0.1), rows.place)
+
+
+def pipeline_counts(**choices: Any) -> list[dict[str, Any]]:
+    """Run two steps through a pipeline on real ranks; give of the second what every rank computed, sent and stored."""
+    job, pipeline = pipeline_of(**choices)
+    par, policy = Parallel(make_mesh(job.mesh, "cpu"), job.rules, job.sizes, job.options.precision.reduce), job.options.precision
+    state = init_state(decoder.specs(job.config), job.rules, par.mesh, 0, policy, job.optimizer)
+    step: Any = make_pipelined_step(decoder, job.config, par, job.optimizer, job.schedule, job.options, pipeline)
+    data, stored, sends, send = batch(par, job.config, 0, job.rows(), False), dict[str, int](), list[int](), dist.isend
+
+    def memory(values: Any) -> set[tuple[int, int]]:
+        return {(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for x in tree.leaves(values)}
+
+    class Weighed(Training):
+        """Weighs what a stage keeps by the memory of the tensors themselves."""
+
+        def forward(self, stage: int, micro: int, x: Any) -> Any:
+            out, saved = super().forward(stage, micro, x)
+            kept = memory([list(values.values()) for _, values, _ in saved]) - memory((self.params, self.batch))
+            stored[str(stage)] = sum(size for _, size in kept)
+            return out, saved
+
+    def count(x: Any, **rest: Any) -> Any:
+        sends.append(x.nbytes)
+        return send(x, **rest)
+
+    state, _ = step(state, data)
+    tally = Tally({name: "+".join(axes) for axes, name in par.mesh.groups.items()})
+    dist.isend, pipelined.Training = count, Weighed
+    try:
+        with tally:
+            step(state, data)
+    finally:
+        dist.isend, pipelined.Training = send, Training
+    every: list[Any] = [None] * dist.get_world_size()
+    mine = {"times": dict(tally.times), "bytes": dict(tally.bytes), "flops": tally.flops, "sends": [len(sends), sum(sends)]}
+    dist.all_gather_object(every, {**mine, "stored": stored})
+    return every
+
+
+def planned_pipeline(**choices: Any) -> list[dict[str, Any]]:
+    """Plan the same step without ranks, in the words of `pipeline_counts`: one for each device of the pipeline."""
+    job, pipeline = pipeline_of(**choices)
+    drawn, found = Drawn(job, pipeline, None), list[dict[str, Any]]()
+    for d in range(job.mesh.pipe):
+        times, sizes, sends = collections.Counter[str](), collections.Counter[str](), [0, 0]
+        for row in drawn.sent(d):
+            if row.collective == "message":
+                sends = [row.times, row.bytes]
+                continue
+            key = f"{WORDS.get(row.collective, row.collective)} {'+'.join(row.axes)}"
+            times[key], sizes[key] = times[key] + row.times, sizes[key] + row.bytes
+        work = drawn.work(d)
+        times["matmul"] = work.matmuls
+        stored = {str(s): sum(c.kept for c in drawn.stages[s]) + max(c.beside for c in drawn.stages[s]) for s in drawn.table.on(d)}
+        found.append({"times": dict(times), "bytes": dict(sizes), "flops": work.matmul_flops, "sends": sends, "stored": stored})
+    return found
