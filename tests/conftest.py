@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,15 +11,34 @@ import sharding_rules
 from mtl.runtime.process import Place, process_group
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
+from tests.forks import Forks
 from tests.ranks import Ranks
 
+WORKERS = 4
+"""At most so many share the tests: each has a pool of ranks of its own, and takes up to 2 GiB."""
+
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One a core for folders; none, and so no start of workers, for files and tests that are named, for ``-k`` and for ``-s``."""
+    few = any(not Path(arg).is_dir() for arg in config.args) or config.option.keyword or config.option.capture == "no"
+    cores = min(len(os.sched_getaffinity(0)), WORKERS)
+    return 0 if few or cores == 1 else cores
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Eight gloo ranks, kept for the session."""
     pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Runs of pretrain.py and finetune.py without the slow start, kept for the session."""
+    pool = Forks()
     yield pool
     pool.close()
 

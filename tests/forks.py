@@ -54,12 +54,19 @@ class Forks:
         self.stream = ours.makefile("rw")
         self.count = 0
 
-    def start(self, arguments: list[str], ranks: int = 1, program: str = "pretrain") -> Run:
-        """Start a run of pretrain or finetune."""
+    def start(self, arguments: list[str], ranks: int = 1, program: str = "pretrain", errors: bool = True) -> Run:
+        """Start a run of pretrain or finetune; with ``errors`` what it says on stderr is in its text too, else in a file beside it."""
         self.count += 1
         output = Path(self.folder.name) / f"out{self.count}"
-        order = {"program": program, "arguments": arguments, "ranks": ranks, "output": str(output), "port": _free_port()}
+        place = str(output) if errors else f"{output}.errors"
+        order = {"program": program, "arguments": arguments, "ranks": ranks, "output": str(output), "errors": place, "port": _free_port()}
         return Run(self._ask(order), output)
+
+    def complete(self, arguments: list[str], ranks: int = 1, program: str = "pretrain") -> subprocess.CompletedProcess[str]:
+        """Run to the end, as ``subprocess.run`` does."""
+        run = self.start(arguments, ranks, program, errors=False)
+        codes = self.wait(run, 240)
+        return subprocess.CompletedProcess(arguments, max(codes, key=abs), run.text(), Path(f"{run.output}.errors").read_text())
 
     def wait(self, run: Run, seconds: float = 120) -> list[int]:
         """Wait for its end: exit codes, negative for signals. What is left then is killed."""
@@ -89,9 +96,8 @@ def _child(order: Any, rank: int) -> None:
 
     caught = signals.install()
     Path(f"{order['output']}.{rank}").touch()
-    output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(output, descriptor)
+    for descriptor, name in ((1, "output"), (2, "errors")):
+        os.dup2(os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     world = order["ranks"]
     if world > 1:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,6 @@ from tests.test_resume import STEPS, TINY, until
 
 CASE = "tests.cases.checkpoint:"
 STATE = {"params": {"w": values((700, 900)), "b": values((30,), torch.bfloat16)}, "step": torch.tensor(3)}
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """Runs without the slow start."""
-    pool = Forks()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,6 @@ MODEL = [
 RAMP = ["--train.seq-len", "32", "--train.global-batch-size", "8", "--batch.rampup", "2", "2", "20", "--data.mask-ends", "--data.apart"]
 SAVING = ["--checkpoint.every", "1", "--resume", "auto"]
 EXACT = ("step", "loss", "grad_norm", "tokens", "epochs", "eval_loss", "test_loss")
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """Runs without the slow start."""
-    pool = Forks()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

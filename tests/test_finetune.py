@@ -14,6 +14,7 @@ import torch
 from experiments import finetune, initial, pretrain
 from mtl import checkpoint, tree
 from mtl.errors import UserError
+from tests.forks import Forks
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model.layers", "2", "--model.embed", "32", "--model.mlp", "48", "--model.head-size", "8", "--train.seq-len", "128"]
@@ -33,12 +34,9 @@ def write_chats(path: Path, count: int = 300) -> Path:
     return path
 
 
-def start(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run finetune.py as a user does."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    if ranks > 1:
-        program += ["--master-port", str(21000 + os.getpid() % 20000)]
-    command = [*program, "experiments/finetune.py", *arguments]
+def start(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run finetune.py as a user does; `Forks.complete` does without the slow start."""
+    command = [sys.executable, "experiments/finetune.py", *arguments]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
 
@@ -53,7 +51,7 @@ def made(arguments: list[str]) -> tuple[finetune.FineTune, Any]:
     return finetune.FINETUNE.work(setup)
 
 
-def test_the_loss_falls_and_a_ring_gives_the_same_numbers(tmp_path: Path) -> None:
+def test_the_loss_falls_and_a_ring_gives_the_same_numbers(forks: Forks, tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl")
     common = ["--data", str(chats), *SMALL, "--precision", "fp64", "--train.steps", "12", "--optim.lr", "1e-2", "--optim.warmup-steps", "2"]
     alone = start([*common, "--out", str(tmp_path / "one")])
@@ -66,7 +64,7 @@ def test_the_loss_falls_and_a_ring_gives_the_same_numbers(tmp_path: Path) -> Non
     assert "eval_bits_per_byte" not in want[-1]
     config = json.loads((tmp_path / "one/config.json").read_text())
     assert config["chat"]["template"] == "chatml" and config["model"]["vocab"] == 259
-    ring = start([*common, "--rules", "ring", "--mesh.context", "2", "--out", str(tmp_path / "two")], ranks=2)
+    ring = forks.complete([*common, "--rules", "ring", "--mesh.context", "2", "--out", str(tmp_path / "two")], 2, "finetune")
     assert ring.returncode == 0, ring.stderr
     for a, b in zip(metrics(tmp_path / "two"), want, strict=True):
         for name in ("loss", "grad_norm", "tokens", "eval_loss"):
@@ -75,26 +73,25 @@ def test_the_loss_falls_and_a_ring_gives_the_same_numbers(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_padding_gives_the_same_numbers_on_a_mesh(tmp_path: Path) -> None:
+def test_padding_gives_the_same_numbers_on_a_mesh(forks: Forks, tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl")
     common = ["--data", str(chats), *SMALL, "--precision", "fp64", "--train.steps", "8", "--packing", "pad", "--optim.lr", "1e-2"]
     for name, more, ranks in (("one", [], 1), ("two", ["--rules", "ring", "--mesh.context", "2"], 2)):
-        run = start([*common, *more, "--out", str(tmp_path / name)], ranks)
+        run = forks.complete([*common, *more, "--out", str(tmp_path / name)], ranks, "finetune")
         assert run.returncode == 0, run.stderr
     for a, b in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert abs(a["loss"] - b["loss"]) <= 1e-9 * abs(b["loss"]) and a["tokens"] == b["tokens"]
 
 
 @pytest.mark.slow
-def test_a_trained_model_grows_by_the_templates_tokens(tmp_path: Path) -> None:
+def test_a_trained_model_grows_by_the_templates_tokens(forks: Forks, tmp_path: Path) -> None:
     chats = write_chats(tmp_path / "chats.jsonl")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    base = [sys.executable, "experiments/pretrain.py", "tiny", *SMALL, "--train.steps", "1", "--out", str(tmp_path / "base")]
-    assert subprocess.run(base, cwd=ROOT, env=env, capture_output=True, timeout=240, check=False).returncode == 0
+    base = forks.complete(["tiny", *SMALL, "--train.steps", "1", "--out", str(tmp_path / "base")])
+    assert base.returncode == 0, base.stderr
     common = ["--init", str(tmp_path / "base"), "--data", str(chats), "--train.seq-len", "128"]
     mesh = ["--rules", "tensor", "--mesh.tensor", "2"]
     for name, more, ranks in (("grown", ["--train.steps", "0"], 1), ("meshed", ["--train.steps", "0", *mesh], 2)):
-        run = start([*common, *more, "--out", str(tmp_path / name)], ranks)
+        run = forks.complete([*common, *more, "--out", str(tmp_path / name)], ranks, "finetune")
         assert run.returncode == 0, run.stderr
     old, grown, meshed = (stored(tmp_path / name) for name in ("base", "grown", "meshed"))
     assert old["params.embed.weight"].shape[0] == 256 and grown["params.embed.weight"].shape[0] == 259

@@ -1,7 +1,6 @@
 """Fine-tunes that start from somebody's model: its tokenizer and template come along, its loss is transformers', and no other will do."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
 FLAGS = ["tiny", "--train.seq-len", "128", "--train.global-batch-size", "4", "--packing", "pad", "--precision", "fp64"]
 FLAGS += ["--train.eval-samples", "2", "--train.steps", "2"]
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    pool = Forks()
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="module")

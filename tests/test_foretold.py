@@ -15,7 +15,8 @@ from mtl.inspect.mesh import planned_mesh
 from mtl.precision import PRECISIONS
 from mtl.sharding.parallel import Parallel
 from mtl.train.step import StepOptions
-from tests.test_pretrain import MODEL, SHORT, metrics, start
+from tests.forks import Forks
+from tests.test_pretrain import MODEL, SHORT, metrics
 
 CPU = torch.device("cpu")
 
@@ -39,8 +40,8 @@ def made(first: bool = True, compile: str = "none", precision: str = "fp32") -> 
     return foretold.foretell(setup, shape, par, options, CPU, first, lambda: False)
 
 
-def test_a_run_says_its_plan_and_compares(tmp_path: Path) -> None:
-    done = start(["tiny", *SHORT, *MODEL, "--out", str(tmp_path / "run")])
+def test_a_run_says_its_plan_and_compares(forks: Forks, tmp_path: Path) -> None:
+    done = forks.complete(["tiny", *SHORT, *MODEL, "--out", str(tmp_path / "run")])
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("plan")]
     assert len(lines) == 2

@@ -1,8 +1,6 @@
 """LoRA from the command line: train beside a model of Hugging Face, resume, merge, export; PEFT and transformers judge."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,30 +19,28 @@ from mtl.errors import UserError
 from mtl.lora.adapters import Lora
 from mtl.models.hf.load import open_model
 from tests.compare import close
+from tests.forks import Forks
 
-ROOT = Path(__file__).parent.parent
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 FLAGS = ["--train.steps", "3", "--train.global-batch-size", "4", "--train.seq-len", "32", "--train.eval-samples", "2"]
 FLAGS += ["--optim.lr", "0.02", "--lora.rank", "3", "--lora.alpha", "6", "--lora.targets", "heads", "down", "--precision", "fp32"]
 
 
-def train(out: Path, *flags: str, processes: int = 1) -> str:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [*(start if processes > 1 else [sys.executable]), "experiments/pretrain.py", "tiny", *FLAGS, "--out", str(out), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+def train(forks: Forks, out: Path, *flags: str, processes: int = 1) -> str:
+    done = forks.complete(["tiny", *FLAGS, "--out", str(out), *flags], processes)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
+def trained(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     """Make a model of transformers, and a run that trains adapters beside it."""
     place = tmp_path_factory.mktemp("lora")
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=256, **shape)).eval()
     model.save_pretrained(place / "base")
-    return place, model, train(place / "run", "--init", f"hf:{place / 'base'}")
+    return place, model, train(forks, place / "run", "--init", f"hf:{place / 'base'}")
 
 
 def test_a_run_saves_the_adapters_alone(trained: tuple[Path, Any, str]) -> None:
@@ -75,20 +71,20 @@ def test_merged_and_exported_agree_with_peft(trained: tuple[Path, Any, str], tmp
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_adapters(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
+def test_two_processes_train_the_same_adapters(forks: Forks, trained: tuple[Path, Any, str], tmp_path: Path) -> None:
     place, _, _ = trained
-    train(tmp_path / "two", "--init", f"hf:{place / 'base'}", "--mesh.tensor", "2", processes=2)
+    train(forks, tmp_path / "two", "--init", f"hf:{place / 'base'}", "--mesh.tensor", "2", processes=2)
 
     assert losses(tmp_path / "two") == pytest.approx(losses(place / "run"), rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_run_resumes(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
+def test_a_run_resumes(forks: Forks, trained: tuple[Path, Any, str], tmp_path: Path) -> None:
     place, _, _ = trained
     flags = ["--init", f"hf:{place / 'base'}", "--optim.schedule", "constant"]
-    train(tmp_path / "whole", *flags)
-    train(tmp_path / "parts", *flags, "--train.steps", "1")
-    train(tmp_path / "parts", *flags, "--resume", "must")
+    train(forks, tmp_path / "whole", *flags)
+    train(forks, tmp_path / "parts", *flags, "--train.steps", "1")
+    train(forks, tmp_path / "parts", *flags, "--resume", "must")
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1] for run in ("whole", "parts")]
     assert json.loads(lines[0])["loss"] == json.loads(lines[1])["loss"]
 
@@ -114,7 +110,9 @@ def theirs(trained: tuple[Path, Any, str], tmp_path_factory: pytest.TempPathFact
     return place / "adapter", model
 
 
-def test_training_goes_on_from_an_adapter_of_peft(trained: tuple[Path, Any, str], theirs: tuple[Path, Any], tmp_path: Path) -> None:
+def test_training_goes_on_from_an_adapter_of_peft(
+    forks: Forks, trained: tuple[Path, Any, str], theirs: tuple[Path, Any], tmp_path: Path
+) -> None:
     """A step that learns nothing leaves PEFT's adapter as it was, with its settings; one that learns changes it."""
     flags = [
         *FLAGS[2:8],
@@ -128,8 +126,7 @@ def test_training_goes_on_from_an_adapter_of_peft(trained: tuple[Path, Any, str]
         str(theirs[0]),
     ]
     for name, rate in (("still", "0"), ("moved", "0.02")):
-        run = [sys.executable, "experiments/pretrain.py", "tiny", *flags, "--optim.lr", rate, "--out", str(tmp_path / name)]
-        done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        done = forks.complete(["tiny", *flags, "--optim.lr", rate, "--out", str(tmp_path / name)])
         assert done.returncode == 0, done.stderr[-3000:]
         lora.main(["export", str(tmp_path / name), "--out", str(tmp_path / f"{name}-peft")])
     folders = (theirs[0], tmp_path / "still-peft", tmp_path / "moved-peft")

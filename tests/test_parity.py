@@ -18,7 +18,10 @@ random.Random(1).shuffle(FULL)  # so that a part of it is a fair sample
 
 
 def pairwise(limit_compiled: int) -> list[Case]:
-    """Choose cases so that every pair of choices of two factors occurs; compiled ones on at most ``limit_compiled`` ranks."""
+    """Choose cases so that every pair of choices of two factors occurs; compiled ones on at most ``limit_compiled`` ranks.
+
+    Of those that bring as many new pairs, the quickest: not compiled, on few ranks.
+    """
     factors = (PLACES, list(MODELS), REMATS, HOWS, MICROS)
     everything = [c for c in itertools.product(*factors) if c[3] == "none" or c[0][1] <= limit_compiled]
     rng = random.Random(0)
@@ -31,7 +34,7 @@ def pairwise(limit_compiled: int) -> list[Case]:
     missing = set().union(*(pairs(c) for c in everything))
     chosen: list[Case] = []
     while missing:
-        best = max(rng.sample(everything, min(300, len(everything))), key=lambda c: len(pairs(c) & missing))
+        best = max(rng.sample(everything, min(300, len(everything))), key=lambda c: (len(pairs(c) & missing), c[3] == "none", -c[0][1]))
         if pairs(best) & missing:
             chosen.append(best)
             missing -= pairs(best)

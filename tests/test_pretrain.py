@@ -21,6 +21,7 @@ from mtl.models import decoder
 from mtl.params import init
 from mtl.precision import PRECISIONS
 from mtl.train.evaluate import make_evaluate
+from tests.forks import Forks
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["--train.steps", "3", "--train.global-batch-size", "8", "--train.seq-len", "64"]
@@ -32,7 +33,7 @@ FIELDS = {
 
 
 def start(arguments: list[str], ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run pretrain.py as a user does."""
+    """Run pretrain.py as a user does; `Forks.complete` does without the slow start."""
     program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
     if ranks > 1:
         program += ["--master-port", str(20000 + os.getpid() % 20000)]
@@ -66,14 +67,14 @@ def test_torchrun_gives_one_process_numbers(tmp_path: Path) -> None:
                 assert abs(a[name] - b[name]) <= 1e-9 * abs(b[name]), name
 
 
-def test_deterministic_runs_are_bitwise_equal_and_a_folder_is_never_reused(tmp_path: Path) -> None:
+def test_deterministic_runs_are_bitwise_equal_and_a_folder_is_never_reused(forks: Forks, tmp_path: Path) -> None:
     runs = [start([*SHORT, *MODEL, "--deterministic", "--log.wandb", "--out", str(tmp_path / name)]) for name in "ab"]
     assert [r.returncode for r in runs] == [0, 0], runs[0].stderr
     kept = [[{k: m[k] for k in m if k in ("loss", "grad_norm", "eval_loss")} for m in metrics(tmp_path / name)] for name in "ab"]
     assert kept[0] == kept[1]
     assert list((tmp_path / "a/wandb").glob("offline-run-*")), "wandb works offline"
     before = (tmp_path / "a/metrics.jsonl").read_bytes()
-    again = start([*SHORT, *MODEL, "--out", str(tmp_path / "a")])
+    again = forks.complete([*SHORT, *MODEL, "--out", str(tmp_path / "a")])
     assert again.returncode == 2 and "holds another run" in again.stderr
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == before
 
@@ -96,9 +97,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_ends_in_one_message(name: str, tmp_path: Path) -> None:
+def test_bad_input_ends_in_one_message(name: str, forks: Forks, tmp_path: Path) -> None:
     arguments, message = BAD[name]
-    done = start([*arguments, "--out", str(tmp_path / "run")])
+    run = start if name == "flag" else forks.complete
+    done = run([*arguments, "--out", str(tmp_path / "run")])
     assert done.returncode == 2, done.stdout + done.stderr
     assert name == "nan" or not (tmp_path / "run").exists(), "nothing is left behind"
     said = done.stdout + done.stderr
@@ -106,16 +108,17 @@ def test_bad_input_ends_in_one_message(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("launcher", "flags", "message"),
     [
-        (["--mesh.tensor", "2", "--model.heads", "3", "--model.kv-heads", "1"], "heads of size 3 does not divide by tensor=2"),
-        (["--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch"),
-        (["--mesh.fsdp", "3"], "needs 3 devices, but 2 processes run"),
+        ("forks", ["--mesh.tensor", "2", "--model.heads", "3", "--model.kv-heads", "1"], "heads of size 3 does not divide by tensor=2"),
+        ("torchrun", ["--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch"),
+        ("forks", ["--mesh.fsdp", "3"], "needs 3 devices, but 2 processes run"),
     ],
 )
-def test_bad_input_ends_every_rank(flags: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_input_ends_every_rank(launcher: str, flags: list[str], message: str, forks: Forks, tmp_path: Path) -> None:
     begun = time.monotonic()
-    done = start(["tiny", *SHORT, *MODEL, *flags, "--out", str(tmp_path / "run")], ranks=2)
+    run = start if launcher == "torchrun" else forks.complete
+    done = run(["tiny", *SHORT, *MODEL, *flags, "--out", str(tmp_path / "run")], ranks=2)
     assert done.returncode != 0 and time.monotonic() - begun < 90
     assert done.stderr.count(message) == 1, done.stderr
 

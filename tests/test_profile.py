@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mtl.runtime.profile import Event, Profiler, kind_of, outermost_last, page, profiling, read_trace, summarize
-from tests.test_pretrain import MODEL, SHORT, start
+from tests.forks import Forks
+from tests.test_pretrain import MODEL, SHORT
 
 GEMM, FLASH = "nvjet_hsh_256x128", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop"
 NORM, NCCL = "triton_red_fused_norm_0", "ncclDevKernel_AllGather"
@@ -114,8 +115,8 @@ def test_few_steps_are_profiled_from_the_first(tmp_path: Path) -> None:
     assert "steps 6 to 7" in said[0] and (tmp_path / "summary.txt").exists()
 
 
-def test_a_run_writes_its_profile(tmp_path: Path) -> None:
-    done = start(["tiny", *SHORT, *MODEL, "--mesh.fsdp", "2", "--profile", "2", "--out", str(tmp_path / "run")], ranks=2)
+def test_a_run_writes_its_profile(forks: Forks, tmp_path: Path) -> None:
+    done = forks.complete(["tiny", *SHORT, *MODEL, "--mesh.fsdp", "2", "--profile", "2", "--out", str(tmp_path / "run")], ranks=2)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "run/profile/summary.txt").read_text()
     assert text in done.stdout.replace("\r", "") and "rules fsdp" in text and text.startswith("tiny, fp32, mesh fsdp=2")
@@ -123,5 +124,5 @@ def test_a_run_writes_its_profile(tmp_path: Path) -> None:
     assert set(shares) == {"matmul", "attention", "other compute", "exposed communication", "exposed host copies", "idle"}
     assert abs(sum(shares.values()) - 100) < 0.5
     assert min(shares[row] for row in ("matmul", "attention", "other compute", "exposed communication")) > 0
-    refused = start(["tiny", *SHORT, *MODEL, "--profile", "9", "--out", str(tmp_path / "other")])
+    refused = forks.complete(["tiny", *SHORT, *MODEL, "--profile", "9", "--out", str(tmp_path / "other")])
     assert refused.returncode == 2 and "--profile is 9" in refused.stderr and not (tmp_path / "other").exists()

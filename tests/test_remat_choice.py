@@ -14,7 +14,8 @@ from mtl.errors import UserError
 from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import MeshShape
 from mtl.train.step import StepOptions
-from tests.test_pretrain import MODEL, SHORT, start
+from tests.forks import Forks
+from tests.test_pretrain import MODEL, SHORT
 
 PEAKS = {"none": 100, "selective": 80, "every:4": 85, "every:3": 70, "every:2": 60, "full": 40}
 
@@ -66,16 +67,16 @@ def test_plans_of_a_real_model_decide() -> None:
         assert plan(found.remat).memory.peak <= budget
 
 
-def test_a_run_chooses_says_so_and_trains(tmp_path: Path) -> None:
+def test_a_run_chooses_says_so_and_trains(forks: Forks, tmp_path: Path) -> None:
     flags = ["tiny", *SHORT, *MODEL]
-    done = start([*flags, "--remat", "auto", "--out", str(tmp_path / "run")])
+    done = forks.complete([*flags, "--remat", "auto", "--out", str(tmp_path / "run")])
     assert done.returncode == 0 and "remat none: chosen for" in done.stdout, done.stderr
     assert '"remat": "none"' in (tmp_path / "run/config.json").read_text()
     for ranks, remat, said in ((2, "auto:1MiB", "Closest comes"), (1, "auto:lots", "--remat is 'auto:lots'")):
-        refused = start([*flags, "--remat", remat, "--out", str(tmp_path / "other")], ranks=ranks)
+        refused = forks.complete([*flags, "--remat", remat, "--out", str(tmp_path / "other")], ranks=ranks)
         assert refused.returncode != 0 and refused.stderr.count(said) == 1 and not (tmp_path / "other").exists(), refused.stderr
 
 
-def test_without_a_plan_auto_is_refused(tmp_path: Path) -> None:
-    refused = start(["tiny", *SHORT, *MODEL, "--lora.rank", "2", "--remat", "auto", "--out", str(tmp_path / "run")])
+def test_without_a_plan_auto_is_refused(forks: Forks, tmp_path: Path) -> None:
+    refused = forks.complete(["tiny", *SHORT, *MODEL, "--lora.rank", "2", "--remat", "auto", "--out", str(tmp_path / "run")])
     assert refused.returncode == 2 and "plans do not cover adapters" in refused.stderr and not (tmp_path / "run").exists()

@@ -4,7 +4,6 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,6 @@ TINY = [
 SAVING = ["--checkpoint.every", "1", "--resume", "auto"]
 EXACT = ("step", "loss", "grad_norm", "learning_rate", "tokens", "eval_loss", "eval_bits_per_byte")
 MESHES = {1: [], 2: ["--mesh.fsdp", "2"], 4: ["--mesh.fsdp", "2", "--mesh.tensor", "2"]}
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    """Runs without the slow start."""
-    pool = Forks()
-    yield pool
-    pool.close()
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
