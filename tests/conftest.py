@@ -20,6 +20,7 @@ WORKERS = 4
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """One a core for folders; none, and so no start of workers, for files and tests that are named, for ``-k`` and for ``-s``."""
     few = any(not Path(arg).is_dir() for arg in config.args) or config.option.keyword or config.option.capture == "no"
