@@ -31,6 +31,8 @@ Part = Callable[[str, Box], Tensor]
 FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
 
 THREADS = min(8, os.cpu_count() or 1)
+ALONE = min(16, os.cpu_count() or 1)
+"""The threads of a process that saves alone: to memory, checksums are what takes time."""
 IN_FLIGHT = geometry.FILE_BYTES
 """Bytes a thread that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
 UNFLUSHED = 64
@@ -94,7 +96,7 @@ def save(
     state = regular(state)
     give, in_flight = (part_of(state), None) if part is None else (part, STREAMED)
     boxes = ((leaf, box, give(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine)
-    write_checkpoint(path, plan, small, group, [boxes], in_flight=in_flight)
+    write_checkpoint(path, plan, small, group, [boxes], ALONE if group.world == 1 else THREADS, in_flight)
 
 
 def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -> Plan:
