@@ -202,9 +202,14 @@ class Row:
     step: float
 
     @property
+    def planned(self) -> int:
+        """Give the planned peak of the device that was measured: of a pipeline, the first."""
+        return self.plan.memory.peak if self.plan.piped is None else self.plan.piped.positions[0].memory.peak
+
+    @property
     def errors(self) -> tuple[float, float]:
         """Give (planned - measured) / measured, of memory and of time."""
-        return self.plan.memory.peak / self.peak - 1, (self.plan.step or 0.0) / self.step - 1
+        return self.planned / self.peak - 1, (self.plan.step or 0.0) / self.step - 1
 
 
 def rows(runs: Sequence[dict[str, Any]], device: hardware.Device) -> list[Row]:
@@ -237,7 +242,7 @@ def table(found: list[Row], runs: Sequence[dict[str, Any]]) -> str:
         memory, time_ = row.errors
         where = f"{row.case.mesh}, {row.case.rules}" if row.case.mesh.devices() > 1 else "one GPU"
         lines.append(
-            f"| {where} | {row.case} | {row.peak / 2**30:.2f} GiB | {row.plan.memory.peak / 2**30:.2f} | {memory:+.1%} "
+            f"| {where} | {row.case} | {row.peak / 2**30:.2f} GiB | {row.planned / 2**30:.2f} | {memory:+.1%} "
             f"| {row.step * 1e3:,.1f} ms | {(row.plan.step or 0) * 1e3:,.1f} | {time_:+.1%} |"
         )
     said: list[str] = []
