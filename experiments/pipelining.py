@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from experiments.settings import Experiment, PipelineSettings
+from experiments.tuning import ALL, Tuning
 from mtl import tree
 from mtl.errors import UserError
 from mtl.models import decoder
@@ -34,10 +35,6 @@ WATCHED = (2, 10, 100, 1000)
 def settled(setup: Experiment, rules: Rules, shape: MeshShape) -> Experiment:
     """Settle schedule, micro-batches and their size where they were left open; refuse settings that have no pipeline to act on."""
     chosen, train = setup.pipeline, setup.train
-    if shape.pipe > 1 and setup.lora.rank:
-        raise UserError(
-            f"lora.rank is {setup.lora.rank} and mesh.pipe {shape.pipe}: adapters are not trained through a pipeline. Set one aside."
-        )
     if shape.pipe == 1:
         for name, value in vars(chosen).items():
             if value != getattr(PipelineSettings(), name):
@@ -152,19 +149,19 @@ class Timing:
 
 
 def make_steps(
-    pipeline: Pipeline | None, model: Any, par: Parallel, optimizer: Any, rate: Any, options: Any, timing: Timing, plain: Any = decoder
+    pipeline: Pipeline | None, config: Any, par: Parallel, optimizer: Any, rate: Any, options: Any, timing: Timing, tuned: Tuning = ALL
 ) -> Any:
-    """Make the step, through the pipeline if there is one; ``plain`` is the model without one."""
+    """Make the step, through the pipeline if there is one, of what is trained."""
     if pipeline is None:
-        return make_step(plain, model, par, optimizer, rate, options)
-    return timing.add(make_pipelined_step(decoder, model, par, optimizer, rate, options, pipeline))
+        return tuned.step(make_step(tuned.model, config, par, optimizer, rate, options))
+    return tuned.step(timing.add(make_pipelined_step(tuned.model, config, par, optimizer, rate, options, pipeline, tuned.whole)))
 
 
-def make_evaluation(pipeline: Pipeline | None, model: Any, par: Parallel, precision: Any, plain: Any = decoder) -> Any:
-    """Make the evaluation, through the pipeline if there is one; ``plain`` is the model without one."""
+def make_evaluation(pipeline: Pipeline | None, config: Any, par: Parallel, precision: Any, model: Any = decoder) -> Any:
+    """Make the evaluation of a model, through the pipeline if there is one."""
     if pipeline is None:
-        return make_evaluate(plain, model, par, precision)
-    return make_pipelined_evaluate(decoder, model, par, precision, pipeline)
+        return make_evaluate(model, config, par, precision)
+    return make_pipelined_evaluate(model, config, par, precision, pipeline)
 
 
 def gathered(step: PipelinedStep, watch: Watch) -> list[list[tuple[str, float, float]]]:

@@ -227,7 +227,7 @@ def run(
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
     timing = pipelining.Timing(train.steps)
-    step = by_length(par, lambda p: tuned.step(pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned.model)))
+    step = by_length(par, lambda p: pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned))
     keeper.extra = work.beside
     plan = foretold.foretell(setup, shape, par, options, at.device, at.rank == 0, lambda: packed(work, setup))
     state = keeper.begin(

@@ -53,6 +53,10 @@ class Tuning(NamedTuple):
         return "" if self.frozen is None else f" trained beside {params.count(decoder.specs(config)) / 1e6:.1f} M"
 
 
+ALL = Tuning()
+"""The whole model is trained."""
+
+
 def settled(setup: Experiment) -> Experiment:
     """Settle what is trained: the adapters that --lora.start names bring their settings, and the model drops as these say."""
     if setup.model.dropout_lora:
@@ -71,7 +75,7 @@ def trained(lora: Lora) -> Any:
 def tuning(lora: Lora, config: decoder.Config, par: Parallel, precision: Precision, fresh: Callable[..., Any]) -> Tuning:
     """Settle what is trained. With adapters, ``fresh`` makes the state whose parameters are the frozen ones, without an optimizer."""
     if not lora.rank:
-        return Tuning()
+        return ALL
     still = adapters.frozen(decoder, lora)
     base = _params(fresh, decoder.specs(config), par.rules, par.mesh, precision)
     scales = params.init(adapters.scale_specs(trained(lora).specs(config), lora), par.rules, par.mesh, 0, precision.param)

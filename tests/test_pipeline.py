@@ -11,15 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl import tree
 from mtl.errors import UserError
+from mtl.lora import adapters
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
-from mtl.params import decayed
+from mtl.params import decayed, init
 from mtl.pipeline.schedules import build
 from mtl.pipeline.stage import split_layers
 from mtl.precision import PRECISIONS
+from mtl.sharding.shard_map import to_local
+from mtl.train.frozen import Held
 from mtl.train.pipelined import Pipeline, make_pipelined_step
 from mtl.train.state import init_state
 from mtl.train.step import StepOptions, make_step
+from tests.cases.lora import ADAPTERS
 from tests.cases.train import SCHEDULE, batch
 from tests.ranks import Ranks
 from tests.small import LLAMA, MODELS, SEQ
@@ -54,6 +58,23 @@ PART = [
 ]
 """Every schedule, every kind of mesh, every remat, compiled, uneven, tied and with channels as GPUs have them at least once."""
 
+ADAPTED = [
+    case("llama", 4, 4, {"pipe": 2}, "1f1b", lora=0.3),
+    case("llama_tied", 5, 4, {"pipe": 2}, "zb_v", lora=0.0, how="block"),
+    case("llama", 4, 4, {"pipe": 2, "tensor": 2}, "zb_v", lora=0.3, remat="selective"),
+]
+ADAPTED_MORE = [
+    case(model, 9, 4, mesh, schedule, lora=0.3, remat=remat)
+    for model, mesh, schedule, remat in (
+        ("gpt", {"pipe": 4}, "interleaved", "none"),
+        ("falcon", {"pipe": 2, "fsdp": 2}, "zb_h1", "full"),
+        ("mistral", {"pipe": 2, "replica": 2, "context": 2}, "zb_v", "none"),
+        ("llama_tied", {"pipe": 2, "fsdp": 2, "tensor": 2}, "1f1b", "every:2"),
+        ("alibi", {"pipe": 2, "context": 2, "tensor": 2}, "gpipe", "selective"),
+    )
+] + [case("llama", 4, 3, {"pipe": 2, "fsdp": 2}, "zb_v", lora=0.3, rules="zero1")]
+"""Low-rank adapters alone are trained, and drop some of their inputs."""
+
 MESHES = (
     [{"pipe": n} for n in (2, 4, 8)]
     + [{"pipe": 2, "fsdp": 2, "tensor": 2}, {"pipe": 2, "replica": 2, "context": 2}, {"pipe": 4, "fsdp": 2}]
@@ -71,7 +92,7 @@ random.Random(2).shuffle(FULL)
 
 def check(ranks: Ranks, references: Path, one: Case) -> None:
     """Compare a case with one device."""
-    ref = {key: one[key] for key in ("model", "layers", "micros")}
+    ref = {key: one[key] for key in ("model", "layers", "micros", "lora") if key in one}
     path = references / f"pipeline-{'-'.join(str(v) for v in ref.values())}.safetensors"
     if not path.exists():
         ranks.run("tests.cases.pipeline:reference", 1, path=str(path), **ref)
@@ -86,6 +107,17 @@ def check(ranks: Ranks, references: Path, one: Case) -> None:
 
 @pytest.mark.parametrize("one", PART, ids=name)
 def test_pipeline_equals_one_device(ranks: Ranks, references: Path, one: Case) -> None:
+    check(ranks, references, one)
+
+
+@pytest.mark.parametrize("one", ADAPTED, ids=name)
+def test_adapters_beside_a_frozen_model_equal_one_device(ranks: Ranks, references: Path, one: Case) -> None:
+    check(ranks, references, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("one", ADAPTED_MORE, ids=name)
+def test_adapters_on_more_pipelines(ranks: Ranks, references: Path, one: Case) -> None:
     check(ranks, references, one)
 
 
@@ -143,23 +175,41 @@ def test_nothing_is_multiplied_twice(one: Any, remat: str) -> None:
     assert 3 * (3 * (weights + 1) + again - LLAMA.layers) <= found["1f1b"] <= 3 * (3 * (weights + 1) + again), found
 
 
+def traced(one: Any, model: Any = decoder, whole: Any = decoder) -> Any:
+    """Take a step through a pipeline of one device; give its pieces."""
+    par = one(**decoder.sizes(LLAMA), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ), batch=1)
+    specs, policy = model.specs(LLAMA), PRECISIONS["fp64"]
+    optimizer, table = adamw(decayed(specs)), build("zb_h1", 1, 1)
+    pipeline = Pipeline(lambda m: table, split_layers(2, 1, 0, 0), table.place)
+    step: Any = make_pipelined_step(model, LLAMA, par, optimizer, SCHEDULE, StepOptions(policy), pipeline, whole)
+    rest = tree.map(to_local, init(whole.specs(LLAMA), par.rules, par.mesh, 0, policy.param))
+    given = {**batch(par, LLAMA, 0, 1, False, 1), "frozen": None if model is whole else Held(rest)}
+    step(init_state(specs, par.rules, par.mesh, 0, policy, optimizer), given)
+    (pieces,) = step.staging.traced.values()
+    return pieces
+
+
+def products(*parts: Any) -> list[int]:
+    """Count the products of matrices in parts of a piece."""
+    return [sum(node.target is torch.ops.aten.mm.default for node in part.run.graph.nodes) for part in parts]
+
+
 def test_backward_is_split_in_halves(one: Any) -> None:
     """Gradients of inputs take one product a weight, gradients of weights the other."""
-    par = one(**decoder.sizes(LLAMA), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ), batch=1)
-    policy, optimizer = PRECISIONS["fp64"], adamw(decayed(decoder.specs(LLAMA)))
-    table = build("zb_h1", 1, 1)
-    pipeline = Pipeline(lambda m: table, split_layers(2, 1, 0, 0), table.place)
-    step: Any = make_pipelined_step(decoder, LLAMA, par, optimizer, SCHEDULE, StepOptions(policy), pipeline)
-    step(init_state(decoder.specs(LLAMA), par.rules, par.mesh, 0, policy, optimizer), batch(par, LLAMA, 0, 1, False, 1))
-    (pieces,) = step.staging.traced.values()
+    pieces = traced(one)
     (block,) = pieces.blocks.values()
-
-    def products(part: Any) -> int:
-        return sum(node.target is torch.ops.aten.mm.default for node in part.run.graph.nodes)
-
-    assert [products(p) for p in (block.forward, block.inputs, block.weights, block.backward)] == [7, 7, 7, 14]
-    assert [products(p) for p in (pieces.head.forward, pieces.head.inputs, pieces.head.weights)] == [1, 1, 1]
+    assert products(block.forward, block.inputs, block.weights, block.backward) == [7, 7, 7, 14]
+    assert products(pieces.head.forward, pieces.head.inputs, pieces.head.weights) == [1, 1, 1]
     assert len(tree.leaves(block.grads)) == len([g for g in block.grads if g is not None]) == 9
+
+
+def test_a_frozen_model_takes_no_gradient_products(one: Any) -> None:
+    """Of an adapted projection W, A and B are multiplied; all three for the gradient of its input, and once more for A's and B's."""
+    pieces = traced(one, adapters.trained(decoder, ADAPTERS), adapters.whole(decoder, ADAPTERS))
+    (block,) = pieces.blocks.values()
+    assert products(block.forward, block.inputs, block.weights, block.backward) == [21, 21, 14, 35]
+    assert products(pieces.head.forward, pieces.head.inputs, pieces.head.weights) == [1, 1, 0]
+    assert len([g for g in block.grads if g is not None]) == 14 and pieces.embed.grads == (None,) * 3
 
 
 def test_layers_are_split_so_that_the_slowest_stage_is_fast() -> None:

@@ -58,7 +58,7 @@ class Part:
 class Piece:
     """One traced function of (params, x, rest): ``results`` are numbers of its output and extras, ``grads`` of its parameters' gradients.
 
-    ``grads`` has None for parameters that the function does not use; ``grad_x`` is None where it takes no x.
+    ``grads`` has None for parameters that the function does not use, or that take none; ``grad_x`` is None where it takes no x.
     """
 
     forward: Part
@@ -71,6 +71,12 @@ class Piece:
     grad_x: int | None
     shape: tuple[tuple[int, ...], torch.dtype]
     graphs: tuple[GraphModule, ...]
+
+    @property
+    def used(self) -> list[bool]:
+        """Say which parameters the function uses."""
+        taken = {*self.forward.takes, *self.backward.takes}
+        return [i in taken for i in range(len(self.grads))]
 
     def run_forward(self, leaves: Sequence[Tensor]) -> tuple[list[Tensor], dict[int, Tensor]]:
         """Give the results, and what backward needs."""
@@ -99,19 +105,31 @@ class Piece:
         return [None if i is None else found[i] for i in self.grads]
 
 
-def trace(fn: Callable[..., Sequence[Tensor]], params: tree.Tree, x: tuple[Tensor, ...], rest: tree.Tree, compile: Compile | None) -> Piece:
-    """Trace ``fn(params, x, rest)``, which gives an output to differentiate, and extras. All are fake tensors; ``x`` is () or (x,)."""
+def trace(
+    fn: Callable[..., Sequence[Tensor]],
+    params: tree.Tree,
+    x: tuple[Tensor, ...],
+    rest: tree.Tree,
+    compile: Compile | None,
+    trained: Sequence[bool] | None = None,
+) -> Piece:
+    """Trace ``fn(params, x, rest)``, which gives an output to differentiate, and extras. All are fake tensors; ``x`` is () or (x,).
+
+    ``trained`` says which leaves of params take a gradient: by default all.
+    """
     leaves, structure = tree.flatten((params, x, rest))
     count = len(tree.leaves(params)) + len(x)
+    takes = [*(trained or [True] * (count - len(x))), *(True for _ in x)]
 
     def joint(*flat: Tensor) -> list[Any]:
         with torch.enable_grad():
-            wanted = [t.detach().requires_grad_() for t in flat[:count]]
-            out, *extras = fn(*tree.unflatten(structure, [*wanted, *flat[count:]]))
+            given = [t.detach().requires_grad_(need) for t, need in zip(flat[:count], takes, strict=True)]
+            out, *extras = fn(*tree.unflatten(structure, [*given, *flat[count:]]))
             results = [t.detach() for t in (out, *extras)]
             grad = torch.empty_like(out)  # stands for the gradient that will come: forward ends here
-            grads = torch.autograd.grad(out, wanted, grad, allow_unused=True)
-        return [*results, grad, *grads]
+            wanted = [t for t, need in zip(given, takes, strict=True) if need]
+            found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True) if wanted else ())
+        return [*results, grad, *(next(found) if need else None for need in takes)]
 
     with torch.no_grad():
         traced = make_fx(joint, tracing_mode="fake")(*leaves)

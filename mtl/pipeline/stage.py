@@ -20,10 +20,11 @@ SHARED = ("slots", "key")
 
 @dataclass(frozen=True)
 class Form:
-    """Shape and type of a tensor: a leaf of trees."""
+    """Shape and type of a tensor, and whether it takes a gradient: a leaf of trees."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    trained: bool = True
 
 
 Kind = Any
@@ -92,7 +93,7 @@ def trace_pieces(
 ) -> Pieces:
     """Trace a model's pieces, of its layers those of some kinds.
 
-    ``layer`` and ``outer`` are trees of `Form`: of one layer's and of the other parameters.
+    ``layer`` and ``outer`` are trees of `Form`: of one layer's and of the other parameters, of which some may stay as they are.
     """
     mode = detect_fake_mode() or FakeTensorMode()
     device = batch["tokens"].device
@@ -101,24 +102,26 @@ def trace_pieces(
         return tree.map(lambda form: fake(mode, form.shape, form.dtype, device), forms)
 
     here = faked({name: Form(tuple(x.shape), x.dtype) for name, x in micro_batch(batch, 0).items()})
-    embed = trace(lambda p, x, rest: [functions.embed(p, rest)], faked(outer), (), here, compile)
+    around, inside = ([form.trained for form in tree.leaves(forms)] for forms in (outer, layer))
+    embed = trace(lambda p, x, rest: [functions.embed(p, rest)], faked(outer), (), here, compile, around)
     x = fake(mode, *embed.shape, device)
     with mode:
         stream = functions.beside(here)
-    blocks = {kind: _block(functions.block(kind), faked(layer), x, stream, compile) for kind in kinds}
-    head = trace(lambda p, x, rest: functions.head(p, x[0], rest), faked(outer), (x,), here, compile)
+    blocks = {kind: _block(functions.block(kind), faked(layer), x, stream, compile, inside) for kind in kinds}
+    head = trace(lambda p, x, rest: functions.head(p, x[0], rest), faked(outer), (x,), here, compile, around)
     return Pieces(embed, blocks, head)
 
 
-def _block(function: Any, layer: tree.Tree, x: Tensor, stream: Any, compile: Compile | None) -> Piece:
-    return trace(lambda p, x, rest: [function(p, x[0], rest)], layer, (x,), stream, compile)
+def _block(function: Any, layer: tree.Tree, x: Tensor, stream: Any, compile: Compile | None, trained: Sequence[bool]) -> Piece:
+    return trace(lambda p, x, rest: [function(p, x[0], rest)], layer, (x,), stream, compile, trained)
 
 
 @dataclass(eq=False)
 class Training:
     """One step's work of a device's stages. ``layers[s]`` are stage s's layers; ``params`` holds those of this device's stages alone.
 
-    Gradients add up in ``grads``, shaped like ``params``; ``shares`` [A, 2] are the loss and its extra where the last stage is here.
+    Gradients add up in ``grads``, a tree like ``params`` with None for those that ``trained`` says stay as they are; ``shares`` [A, 2]
+    are the loss and its extra where the last stage is here.
     """
 
     functions: Functions
@@ -129,15 +132,22 @@ class Training:
     batch: Batch
     scale: Tensor
     reduce: torch.dtype
+    trained: tree.Tree
     grads: tree.Tree = None
-    _rows: dict[int, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict[int, tuple[list[Tensor], list[Tensor]]])
+    _rows: dict[int, tuple[list[Any], list[Any]]] = field(default_factory=dict[int, tuple[list[Any], list[Any]]])
 
     def __post_init__(self) -> None:
         """Make room for the gradients."""
-        self.grads = tree.map(lambda w: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, self.reduce)), self.params)
+
+        def room(w: Tensor, trained: bool) -> Tensor | None:
+            return torch.zeros_like(w, dtype=torch.promote_types(w.dtype, self.reduce)) if trained else None
+
+        self.grads = tree.map(room, self.params, self.trained)
         self._outer, self._outer_grads = (tree.leaves({k: v for k, v in t.items() if k != "layers"}) for t in (self.params, self.grads))
-        stacked = [[x.unbind(0) for x in tree.leaves(t["layers"])] for t in (self.params, self.grads)]
-        for row, layer in enumerate(sorted(n for s in self.own for n in self.layers[s])):
+        numbers = sorted(n for s in self.own for n in self.layers[s])
+        nothing = [None] * len(numbers)
+        stacked = [[nothing if x is None else x.unbind(0) for x in tree.leaves(t["layers"])] for t in (self.params, self.grads)]
+        for row, layer in enumerate(numbers):
             self._rows[layer] = ([x[row] for x in stacked[0]], [x[row] for x in stacked[1]])
         self.shares = torch.zeros(self.batch["tokens"].shape[0], 2, dtype=self.scale.dtype, device=self.scale.device)
 
@@ -189,9 +199,9 @@ class Training:
         return self.scale.to(piece.shape[1]) if grad is None else grad
 
 
-def _add(totals: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def _add(totals: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
     for total, grad in zip(totals, grads, strict=True):
-        if grad is not None:
+        if total is not None and grad is not None:
             total.add_(grad)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtl import random, tree
 from mtl.axes import LETTERS
-from mtl.ops.linear import scatter_step
+from mtl.ops.linear import gather_step, scatter_step
 from mtl.optim.schedules import Schedule
 from mtl.optim.transforms import Optimizer
 from mtl.params import decayed
@@ -27,7 +27,7 @@ from mtl.sharding.collectives import psum
 from mtl.sharding.layout import box
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
-from mtl.train.gradient import gather_weights
+from mtl.train.frozen import Held
 from mtl.train.loss import Batch, Model, Remat, make_blocks, parse_remat
 from mtl.train.state import TrainState
 from mtl.train.step import StepOptions, compile_update, loss_scale, make_update
@@ -44,13 +44,17 @@ class Pipeline:
 
 @dataclass(eq=False)
 class Staging:
-    """Which parameters the stages of each device use, and how these get there and back."""
+    """Which parameters the stages of each device use, and how these get there and back.
+
+    ``trained`` is the model as it is trained, where some of its parameters stay as they are.
+    """
 
     model: Model
     config: Any
     par: Parallel
     precision: Precision
     pipeline: Pipeline
+    trained: Model | None = None
     _moves: dict[str, Move | None] = field(default_factory=dict[str, Move | None])
 
     def __post_init__(self) -> None:
@@ -58,7 +62,9 @@ class Staging:
         self.inner = stage_parallel(self.par)
         self.device = self.par.mesh.coordinates["pipe"]
         self.specs = self.model.specs(self.config)
-        self.letters = tree.map(lambda spec: spec.axes, self.specs)
+        self.letters = dict(tree.paths(tree.map(lambda spec: spec.axes, self.specs)))
+        learning = {path for path, _ in tree.paths((self.trained or self.model).specs(self.config))}
+        self.learning = tree.map_paths(lambda path, _: path in learning, self.specs)
         self.own = [s for s, d in self.pipeline.place.items() if d == self.device]
         self.types = tree.map(self._type, self.specs, decayed(self.specs))
         self.traced: dict[Any, Pieces] = {}
@@ -86,11 +92,11 @@ class Staging:
         if known not in self.traced:
             table = "compute" if self.par.rules.gather == "step" else "store"
 
-            def form(spec: Any, dtype: torch.dtype) -> Form:
+            def form(spec: Any, dtype: torch.dtype, trained: bool) -> Form:
                 shape = box(spec.shape, self.inner.layout(spec.axes, table), self.inner.mesh)[1]
-                return Form(shape[1:] if LETTERS[spec.axes[0]] == "layers" else shape, dtype)
+                return Form(shape[1:] if LETTERS[spec.axes[0]] == "layers" else shape, dtype, trained)
 
-            forms = tree.map(form, self.specs, self.types)
+            forms = tree.map(form, self.specs, self.types, self.learning)
             outer = {name: part for name, part in forms.items() if name != "layers"}
             self.traced[known] = trace_pieces(functions, self._kinds(functions), forms["layers"], outer, batch, compile)
         if not self._moves:
@@ -107,33 +113,41 @@ class Staging:
         ]
         users: dict[str, list[int]] = {}
         outer = {name: part for name, part in self.specs.items() if name != "layers"}
-        for (path, _), first, second in zip(tree.paths(outer), pieces.embed.grads, pieces.head.grads, strict=True):
-            users[path] = [place[s] for s, used in ((0, first), (last, second)) if used is not None]
+        for (path, _), first, second in zip(tree.paths(outer), pieces.embed.used, pieces.head.used, strict=True):
+            users[path] = [place[s] for s, used in ((0, first), (last, second)) if used]
         for path, spec in tree.paths(self.specs):
             self._moves[path] = plan(self.par, spec.axes, spec.shape, homes, users.get(path, ()))
 
     def to_stages(self, params: tree.Tree) -> tree.Tree:
-        """Give this device's stages their parameters, from those at rest."""
+        """Give this device's stages their parameters, or some of them, from those at rest."""
+        types = dict(tree.paths(self.types))
 
-        def one(path: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-            move = self._moves[path]
-            return x.to(dtype) if move is None else move.to_stage(x.to(dtype))
+        def one(path: str, x: Tensor) -> Tensor:
+            move, x = self._moves[path], x.to(types[path])
+            x = x if move is None else move.to_stage(x)
+            return gather_step(self.inner, self.letters[path], x, self.precision.compute) if self.par.rules.gather == "step" else x
 
-        leaves, structure = tree.flatten(params)
-        moved = [one(path, x, t) for (path, _), x, t in zip(tree.paths(self.specs), leaves, tree.leaves(self.types), strict=True)]
-        return gather_weights(self.inner, self.letters, tree.unflatten(structure, moved), self.precision.compute)
+        return tree.map_paths(one, params)
 
     def to_rest(self, grads: tree.Tree, params: tree.Tree) -> tree.Tree:
-        """Return gradients to where their parameters rest."""
+        """Return gradients of ``params`` to where these rest."""
+        known = dict(tree.paths(grads))
 
-        def one(path: str, axes: str, grad: Tensor, rest: Tensor) -> Tensor:
-            move = self._moves[path]
-            grad = scatter_step(self.inner, axes, grad, rest) if self.par.rules.gather == "step" else grad
+        def one(path: str, rest: Tensor) -> Tensor:
+            move, grad = self._moves[path], known[path]
+            grad = scatter_step(self.inner, self.letters[path], grad, rest) if self.par.rules.gather == "step" else grad
             return grad if move is None else move.to_rest(grad, rest)
 
-        leaves, structure = tree.flatten(params)
-        columns = (tree.paths(self.letters), tree.leaves(grads), leaves)
-        return tree.unflatten(structure, [one(path, axes, g, x) for (path, axes), g, x in zip(*columns, strict=True)])
+        return tree.map_paths(one, params)
+
+    def beside(self, held: Held | None, params: tree.Tree) -> tree.Tree:
+        """Put stages' parameters that stay, brought there the first time, beside those that are trained."""
+        if held is None:
+            return params
+        if held.staged is None:
+            held.staged = self.to_stages(held.rest)
+        found = dict([*tree.paths(held.staged), *tree.paths(params)])
+        return tree.map_paths(lambda path, _: found[path], self.specs)
 
 
 class Watch:
@@ -189,25 +203,27 @@ class PipelinedStep:
         with torch.no_grad():
             scale, count = loss_scale(par, local, batch)
             key = random.bits(random.key("dropout", self.options.seed), local.step)
-            grads, shares = self.gradient(local.params, {**batch, "key": key}, scale)
+            held: Any = batch.get("frozen")
+            rest = {name: x for name, x in batch.items() if name != "frozen"}
+            grads, shares = self.gradient(local.params, {**rest, "key": key}, scale, held)
             self.options.before_update()
             metrics = self.update(local, grads, shares, scale * count, count)
         return state, metrics
 
-    def gradient(self, params: tree.Tree, batch: Batch, scale: Tensor) -> tuple[tree.Tree, Tensor]:
+    def gradient(self, params: tree.Tree, batch: Batch, scale: Tensor, held: Held | None = None) -> tuple[tree.Tree, Tensor]:
         """Give gradients at rest (still to be summed over copies) and this device's shares of the losses."""
         staging = self.staging
         pieces = staging.pieces(self.functions, batch, self.compile)
         self.table = table = staging.pipeline.table(batch["tokens"].shape[0])
-        weights = staging.to_stages(params)
-        layers, own, reduce = staging.pipeline.layers, staging.own, staging.par.reduce
+        weights = staging.beside(held, staging.to_stages(params))
+        layers, own, how = staging.pipeline.layers, staging.own, (staging.par.reduce, staging.learning)
         if not self.links.tagged and (id(pieces), table.name) not in self._warm:
             self._warm.add((id(pieces), table.name))
             shape, dtype = pieces.embed.shape
-            work = Training(self.functions, pieces, layers, own, weights, batch, scale, reduce)
+            work = Training(self.functions, pieces, layers, own, weights, batch, scale, *how)
             warm_up(table, staging.device, work, torch.zeros(shape, dtype=dtype, device=scale.device))
             del work  # and its gradients
-        work = Training(self.functions, pieces, layers, own, weights, batch, scale, reduce)
+        work = Training(self.functions, pieces, layers, own, weights, batch, scale, *how)
         self.watch = Watch(scale.device) if self.watched else None
         traffic = self.links.open(table, *pieces.embed.shape, scale.device)
         self.stored = run(table, staging.device, work, traffic, None if self.watch is None else self.watch.mark)
@@ -215,13 +231,24 @@ class PipelinedStep:
 
 
 def make_pipelined_step(
-    model: Model, config: Any, par: Parallel, optimizer: Optimizer, schedule: Schedule, options: StepOptions, pipeline: Pipeline
+    model: Model,
+    config: Any,
+    par: Parallel,
+    optimizer: Optimizer,
+    schedule: Schedule,
+    options: StepOptions,
+    pipeline: Pipeline,
+    whole: Model | None = None,
 ) -> PipelinedStep:
-    """Make the step through a pipeline: as `make_step`, with a layout of layers and a table. Every process must call it."""
-    staging = Staging(model, config, par, options.precision, pipeline)
+    """Make the step through a pipeline: as `make_step`, with a layout of layers and a table. Every process must call it.
+
+    Where ``model`` trains some parameters of ``whole`` alone, the step runs beside the others (`mtl.train.frozen`).
+    """
+    staging = Staging(whole or model, config, par, options.precision, pipeline, model)
+    letters = tree.map(lambda spec: spec.axes, model.specs(config))
     settings = inductor_options(options.backend, staging.inner.mesh.shape.devices(), par.mesh.device_type, options.overlap)
     plain = replace(par, rules=replace(par.rules, gather="layer"))  # gradients come back at rest
-    finish = make_update(plain, staging.letters, optimizer, schedule, options)
+    finish = make_update(plain, letters, optimizer, schedule, options)
     update = compile_update(finish, optimizer, options)
     compile = None if options.compile == "none" else lambda fn: compiled(fn, options.backend, options=settings)
     return PipelinedStep(staging, Links(par.mesh, pipeline.place, par.engine), update, options, compile)

@@ -13,9 +13,10 @@ from torch import Tensor
 import sharding_rules
 from mtl import tree
 from mtl.generate.decode import generate
+from mtl.lora import adapters
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
-from mtl.params import decayed
+from mtl.params import decayed, init
 from mtl.pipeline import links
 from mtl.pipeline.schedules import build
 from mtl.pipeline.simulate import simulate
@@ -24,10 +25,13 @@ from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import MeshShape
 from mtl.train import pipelined
 from mtl.train.evaluate import make_evaluate
+from mtl.train.frozen import beside, hold
 from mtl.train.pipelined import Pipeline, make_pipelined_evaluate, make_pipelined_step
 from mtl.train.state import init_state
 from mtl.train.step import StepOptions, make_step
+from tests.cases.lora import ADAPTERS, started
 from tests.cases.train import SCHEDULE, batch, parallel
+from tests.compare import same
 from tests.small import MODELS
 
 ROWS = 24
@@ -37,47 +41,56 @@ Found = dict[str, Tensor]
 def train(
     model: str, layers: int, mesh: dict[str, int], micros: int, schedule: str | None = None, virtual: int | None = None,
     split: list[int] | None = None, rules: str | None = None, remat: str = "none", how: str = "none",
-    fused: bool = False,
+    fused: bool = False, lora: float | None = None,
 ) -> tuple[Found, dict[str, Any]]:  # fmt: skip
     """Take steps and evaluate; give losses, norms, gradients of the first step and parameters as whole arrays, and what was counted.
 
-    With ``fused`` the head keeps no logits, as on GPUs.
+    With ``fused`` the head keeps no logits, as on GPUs. With ``lora`` adapters alone are trained, which drop so much of their inputs.
     """
-    config = replace(MODELS[model], layers=layers, loss_impl="fused" if fused else MODELS[model].loss_impl)
+    config = replace(MODELS[model], layers=layers, loss_impl="fused" if fused else MODELS[model].loss_impl, dropout_lora=lora or 0.0)
     shape, policy = MeshShape(**mesh), PRECISIONS["fp64"]
     table_name = rules or sharding_rules.choose(shape)
     rows = math.prod(getattr(shape, axis) for axis in sharding_rules.load(table_name).act["batch"])
     micro = ROWS // (rows * micros)
     par = parallel(config, sharding_rules.load(table_name), shape, micro, policy)
-    specs, options = decoder.specs(config), StepOptions(policy, remat=remat, compile=how, backend="aot_eager", clip=0.5, seed=3)
+    options = StepOptions(policy, remat=remat, compile=how, backend="aot_eager", clip=0.5, seed=3)
+    fns, whole = (decoder, decoder) if lora is None else (adapters.trained(decoder, ADAPTERS), adapters.whole(decoder, ADAPTERS))
+    specs = fns.specs(config) if lora is None else started(fns.specs(config))
     optimizer = adamw(decayed(specs))
     state = init_state(specs, par.rules, par.mesh, 7, policy, optimizer)
     counted: dict[str, Any] = {}
     if schedule is None:
-        step = make_step(decoder, config, par, optimizer, SCHEDULE, options)
-        evaluate = make_evaluate(decoder, config, par, policy)
+        step = make_step(fns, config, par, optimizer, SCHEDULE, options)
+        evaluate = make_evaluate(whole, config, par, policy)
     else:
         table = build(schedule, shape.pipe, micros, virtual)
         pipeline = Pipeline(
             lambda m: build(schedule, shape.pipe, m, virtual), split_layers(layers, table.stages, 1.0, 0.1, split), table.place
         )
-        step = make_pipelined_step(decoder, config, par, optimizer, SCHEDULE, options, pipeline)
-        evaluate = make_pipelined_evaluate(decoder, config, par, policy, pipeline)
+        step = make_pipelined_step(fns, config, par, optimizer, SCHEDULE, options, pipeline, whole)
+        evaluate = make_pipelined_evaluate(whole, config, par, policy, pipeline)
         counted["simulated"] = simulate(table).stored[par.mesh.coordinates["pipe"]]
+    still, base, run = adapters.frozen(decoder, ADAPTERS), None, step
+    if lora is not None:
+        base = init(still.specs(config), par.rules, par.mesh, 9, policy.param)
+        run = beside(step, hold(still, config, par, policy, base))
+        kept = tree.map(lambda x: x.to_local().clone(), base)
     segments = model in ("mistral", "llama_tied")
     found: Found = {}
     for i in range(3):
-        state, metrics = step(state, batch(par, config, i, micro, segments, ROWS, policy.param))
+        state, metrics = run(state, batch(par, config, i, micro, segments, ROWS, policy.param))
         found |= {f"loss.{i}": metrics["loss"], f"norm.{i}": metrics["grad_norm"], f"entropy.{i}": metrics["entropy"]}
         found |= {f"losses.{i}": metrics["losses"]}
         if i == 0:  # Adam's mean is now a tenth of the clipped gradient
             found |= {f"grad.{path}": g.full_tensor().clone() for path, g in tree.paths(state.opt_state["optimizer"][0]["mean"])}
     data = batch(par, config, 99, micro, segments, ROWS, policy.param)
-    found["eval"] = torch.tensor(evaluate(state.params, [data]), dtype=torch.float64)
+    everything = tree.join(base, state.params)
+    found["eval"] = torch.tensor(evaluate(everything, [data]), dtype=torch.float64)
     prompts = [[1, 2, 3], [4]]
-    text = list(generate(decoder, config, par.mesh, par.rules, policy, state.params, prompts, 5))
+    text = list(generate(whole, config, par.mesh, par.rules, policy, everything, prompts, 5))
     found["text"] = torch.tensor(text, dtype=torch.float64)
     counted["stored"] = getattr(step, "stored", None)
+    assert lora is None or same(tree.map(lambda x: x.to_local(), base), kept), "a frozen parameter changed"
     return found | {f"param.{path}": p.full_tensor() for path, p in tree.paths(state.params)}, counted
 
 
