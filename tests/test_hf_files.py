@@ -25,6 +25,7 @@ from mtl.models.hf.load import open_model
 from mtl.models.hf.names import Heads, Row, give, halves, neighbours, take, their_shape
 from mtl.ops.rotary import RopeScaling
 from tests import families
+from tests.compare import close
 from tests.small import LLAMA
 
 ROWS: dict[str, tuple[Row, str, tuple[int, ...]]] = {
@@ -126,6 +127,29 @@ def test_gpt2_of_the_hub(tmp_path: Path) -> None:
     retensor(tmp_path / "hf", old)
     rewrite(tmp_path / "hf", lambda v: v.update(n_ctx=40, task_specific_params={"text-generation": {"do_sample": True}}))
     assert torch.equal(open_model(tmp_path / "hf").read("layers.query.weight", ((1, 0, 0, 0), (1, 32, 4, 8))), want)
+
+
+STRAY: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_ctx": 80, "n_special": 0, "predict_special_tokens": True, "output_past": True, "_num_labels": 1, "type_vocab_size": 16,
+             "hidden_act": "gelu", "intermediate_size": 37, "hidden_dropout_prob": 0.1, "hidden_size": 32},
+    "falcon_11b": {"ff_factor": 4, "hidden_act": "silu", "intermediate_size": 37, "apply_residual_connection_post_layernorm": False},
+    "llama": {"max_sequence_length": 2048, "type_vocab_size": 16, "is_decoder": True, "rope_interleaved": False, "is_llama_config": True},
+    "qwen2": {"use_mrope": False, "classifier_dropout": 0.1, "unsloth_fixed": True},
+    "llama_yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 12,
+                                       "finetuned": True}},
+}  # fmt: skip
+"""What files on the hub have beside what their models read."""
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_stray_fields_of_the_hub_change_nothing(name: str, tmp_path: Path) -> None:
+    theirs = families.write(name, tmp_path / "hf", shard="1GB")
+    text, want = torch.arange(30).unsqueeze(0), open_model(tmp_path / "hf").config
+    with torch.no_grad():
+        logits = theirs(text).logits
+        rewrite(tmp_path / "hf", lambda values: values.update(STRAY[name]))
+        close(AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float64)(text).logits, logits, 1e-11)
+    assert open_model(tmp_path / "hf").config == want
 
 
 def test_computed_buffers_and_an_equal_tied_head_are_let_pass(tmp_path: Path) -> None:
@@ -294,6 +318,7 @@ def test_bad_input_is_named_before_anything_is_written(name: str, tmp_path: Path
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window is false"),
         ("qwen2", {"layer_types": ["full_attention"] * 2}, "expected 3 times"),
         ("qwen2", {"layer_types": [["full_attention"]] * 3}, "expected 3 times"),
+        ("gpt2", {"hidden_size": 64}, "hidden_size is 64, but n_embd, which is the same in GPT-2, is 32"),
         ("gpt2", {"layer_norm_epsilon": -1e-5}, "layer_norm_epsilon is -1e-05"),
         ("qwen2", {"attention_bias": True}, "attention_bias"),
         ("falcon_7b", {"num_ln_in_parallel_attn": 2}, "contradict each other"),

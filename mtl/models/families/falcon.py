@@ -15,6 +15,8 @@ def read(fields: Fields) -> Config:
     alibi, longest = fields.flag("alibi", False), fields.whole("max_position_embeddings", 2048)
     theta, scaling = read_rope(fields, longest)
     bias = fields.flag("bias", False)
+    for name in ("hidden_act", "intermediate_size", "ff_factor"):
+        fields.raw(name)  # not Falcon's names: its files have activation and ffn_hidden_size, which count
     if embed % heads:
         raise UserError(f"config.json: hidden_size {embed} does not divide by num_attention_heads {heads}.")
     return Config(

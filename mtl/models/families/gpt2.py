@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mtl.errors import UserError
 from mtl.models.decoder import Config
 from mtl.models.hf.family import Family, Names
 from mtl.models.hf.fields import UNGATED, Fields
@@ -14,15 +15,31 @@ UNUSED = (
     "summary_proj_to_labels",
     "summary_first_dropout",
     "reorder_and_upcast_attn",
+    "n_ctx",
+    "n_special",
+    "predict_special_tokens",
+    "hidden_act",
+    "intermediate_size",
 )
-"""Heads for other tasks, and an order of roundings: attention's scores are in float32 here anyway."""
+"""Heads for other tasks; an order of roundings (attention's scores are in float32 here anyway); what the first files had, and what
+other families call activation_function and n_inner."""
+OTHER_NAMES = {
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+"""What some files say a second time."""
 
 
 def read(fields: Fields) -> Config:
     """Read config.json."""
     embed, heads = fields.whole("n_embd"), fields.whole("n_head")
-    for name in (*UNUSED, "n_ctx"):
+    for name in UNUSED:
         fields.raw(name)
+    for name, own in OTHER_NAMES.items():
+        if fields.raw(name) not in (None, fields.raw(own)):
+            raise UserError(f"config.json: {name} is {fields.raw(name)!r}, but {own}, which is the same in GPT-2, is {fields.raw(own)!r}.")
     residual = fields.rate("resid_pdrop", 0.1)
     fields.rate("attn_pdrop", 0.1)
     return Config(

@@ -20,6 +20,8 @@ INERT = frozenset(
         "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id",
         "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
         "max_new_tokens", "min_new_tokens", "gradient_checkpointing", "is_llama_config", "transformers.js_config",
+        "_num_labels", "output_past", "max_sequence_length", "type_vocab_size", "hidden_dropout_prob", "attention_probs_dropout_prob",
+        "classifier_dropout",
     )
 )  # fmt: skip
 """Fields that do not change what the weights compute: they travel as they are."""
@@ -143,6 +145,7 @@ _KEYS = {
     "dynamic": ("factor", "original_max_position_embeddings"),
     "yarn": (
         "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate",
+        "finetuned",
     ),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
