@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtl.train.gradient import accumulate
 from tests.ranks import Ranks
+from tests.small import BATCH, SEQ
 
 LAYERS, WEIGHTS, TRIPS = 2, 7, 4  # query, key, value, out, gate, up, down; those that share an input travel together
 FOUND: dict[tuple[object, ...], dict[str, int]] = {}
@@ -64,9 +65,27 @@ def test_block_compile_keeps_remat_and_regather(ranks: Ranks) -> None:
 
 def test_tensor_parallel_is_sequence_parallel(ranks: Ranks) -> None:
     found = counts(ranks, "tensor")
-    # Forward gathers before attention, MLP and head, scatters after attention, MLP and embedding; backward transposes each.
-    assert found["all_gather"] == found["reduce_scatter"] == 2 * (2 * LAYERS + 1)
+    # Forward gathers before attention, MLP and head, scatters after attention, MLP and embedding; backward transposes each. What a layer's
+    # first products take in is gathered once more in backward, since parts alone are kept.
+    assert found["reduce_scatter"] == 2 * (2 * LAYERS + 1)
+    assert found["all_gather"] == found["reduce_scatter"] + 2 * LAYERS
     assert found["all_to_all"] == 0
+    full = counts(ranks, "tensor", remat="full")
+    assert full["all_gather"] == found["all_gather"], "a layer that is computed again gathers its inputs there, and keeps them till its end"
+
+
+@pytest.mark.parametrize("how", ["none", "step"])
+def test_tensor_parallel_layers_keep_parts_alone(ranks: Ranks, how: str) -> None:
+    """By hand: two inputs of products a layer, tokens x embed in float64, less the half that each of two devices keeps."""
+    parts, whole = (ranks.run("tests.cases.graphs:kept", 2, table="tensor", world=2, how=how, keeping=k) for k in (False, True))
+    assert whole - parts == LAYERS * 2 * BATCH * SEQ * 32 * 8 // 2
+
+
+def test_communication_of_tensor_parallel_layers_runs_beside_their_backward_products(ranks: Ranks) -> None:
+    """In the captured order: a gather, the product whose gradient is summed next, that sum, the other product, the sum's end."""
+    order = ranks.run("tests.cases.graphs:order_of_backward", 2, table="tensor", world=2)
+    turn = ["gather", "mm", "gathered", "sum", "mm", "summed"]
+    assert sum(order[i : i + len(turn)] == turn for i in range(len(order))) == 2 * LAYERS, order
 
 
 def test_context_gathers_keys_and_values(ranks: Ranks) -> None:

@@ -240,14 +240,16 @@ def attended_size(cfg: Config) -> int:
 def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, selective: bool = False) -> Tensor:
     """Apply one layer to the residual stream (B, R, D). ``selective`` recomputes the attention core and the MLP's inside in backward."""
     again = remat if selective else _as_is
-    h = par.reshard(_norm(cfg, p["norm1"], x), "BRD", "BSD")
+    h = _norm(cfg, p["norm1"], x)
+    if cfg.parallel == "one_norm":  # what two products share is gathered once, and kept
+        h = par.reshard(h, "BRD", "BSD")
     attended = _drop(cfg.dropout_attention, par, _attention(cfg, par, p, h, stream, again), stream, site=1)
     if cfg.parallel == "none":
         x = x + attended
-        h = par.reshard(_norm(cfg, p["norm2"], x), "BRD", "BSD")
+        h = _norm(cfg, p["norm2"], x)
         return x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2)
     if cfg.parallel == "two_norms":
-        h = par.reshard(_norm(cfg, p["norm2"], x), "BRD", "BSD")
+        h = _norm(cfg, p["norm2"], x)
     return x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2)
 
 
@@ -307,7 +309,8 @@ def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
 
 def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
     drops = _drops(cfg, par, stream)
-    q, k, v = project_all(par, h, p, {"query": "BSD,DHK->BSHK", "key": "BSD,DGK->BSGK", "value": "BSD,DGK->BSGK"}, drops)
+    left = _input(cfg)
+    q, k, v = project_all(par, h, p, {"query": f"{left},DHK->BSHK", "key": f"{left},DGK->BSGK", "value": f"{left},DGK->BSGK"}, drops)
     norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
 
@@ -352,7 +355,8 @@ def _pieces(par: Parallel, h: Tensor, wide: int) -> int:
 
 def _whole_mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
     drops = _drops(cfg, par, stream)
-    inner = project_all(par, h, p, dict.fromkeys(("gate", "up") if cfg.activation in GATED else ("up",), "BSD,DF->BSF"), drops)
+    names = ("gate", "up") if cfg.activation in GATED else ("up",)
+    inner = project_all(par, h, p, dict.fromkeys(names, f"{_input(cfg)},DF->BSF"), drops)
 
     def activation(*inner: Tensor) -> Tensor:
         return GATED[cfg.activation](inner[0]) * inner[1] if cfg.activation in GATED else PLAIN[cfg.activation](inner[0])
@@ -363,6 +367,11 @@ def _whole_mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
     if again is remat:
         return again(down)(p["down"], {name: stream[name] for name in ("rows", "inner_slots", "key") if drops}, *inner)
     return project_of(par, "BSF,DF->BRD", activation, inner, p["down"], drops.get("down"))
+
+
+def _input(cfg: Config) -> str:
+    """Spell what a layer's first projections take in."""
+    return "BSD" if cfg.parallel == "one_norm" else "BRD"
 
 
 def _drop(rate: float, par: Parallel, x: Tensor, stream: Stream, site: int) -> Tensor:
@@ -380,6 +389,7 @@ def _drops(cfg: Config, par: Parallel, stream: Stream) -> dict[str, Any]:
     def one(name: str, x: Tensor) -> Tensor:
         parts = [(par.span(c)[0], par.sizes[LETTERS[c]]) for c in PROJECTIONS[name][0]]
         key = stream["key"] + random.key("adapter", name)
-        return dropout(x, cfg.dropout_lora, key, stream["rows"], stream["inner_slots"], par.sizes["seq"], parts)
+        slots = stream["slots" if PROJECTIONS[name][0] == "D" and _input(cfg) == "BRD" else "inner_slots"]
+        return dropout(x, cfg.dropout_lora, key, stream["rows"], slots, par.sizes["seq"], parts)
 
     return {name: partial(one, name) for name in PROJECTIONS}

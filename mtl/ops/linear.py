@@ -6,65 +6,16 @@ in compute, the contraction, and the sum over devices that it may leave all foll
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.func import vjp
 
 from mtl.axes import LETTERS
-from mtl.kernels import copy_engine, fp8
-from mtl.sharding.collectives import EXCHANGED, exchange_sum_raw, gather_raw, scatter_raw, wait
+from mtl.kernels import fp8
+from mtl.ops.product import How, Move, Spread, fetched, matrix_of, product
 from mtl.sharding.parallel import Parallel
-
-
-@dataclass(frozen=True)
-class _Move:
-    """How weights go from rest to compute: gathers as (dim, size, group), the type that gradients are summed in and the one at rest.
-
-    Weights side by side, ``split`` of their dimensions being rows, move as one. With ``engine`` the copy engines move them.
-    """
-
-    gathers: tuple[tuple[int, int, str], ...]
-    reduce: torch.dtype
-    rest: torch.dtype
-    engine: bool = False
-
-    def fetch(self, shards: Sequence[Tensor], split: int, dtype: torch.dtype) -> Tensor:
-        if self._by_engine(split):
-            _, size, group = self.gathers[0]
-            whole = wait(copy_engine.gather(list(shards), dtype, size, group))
-            return whole if len(shards) > 1 else whole.view(size * shards[0].shape[0], *shards[0].shape[1:])
-        w = shards[0] if len(shards) == 1 else torch.cat([shard.to(dtype).flatten(split) for shard in shards], -1)
-        w = w.to(dtype)
-        for dim, size, group in self.gathers:
-            w = gather_raw(w, dim, size, group)
-        return w
-
-    def give(self, grad: Tensor, split: int, shapes: Sequence[torch.Size]) -> list[Tensor]:
-        columns = [math.prod(shape[split:]) for shape in shapes]
-        if self._by_engine(split):
-            _, size, group = self.gathers[0]
-            rows = grad.reshape(grad.shape[0], -1)
-            parts = copy_engine.collect(copy_engine.send(rows, size, group), rows, columns, self.reduce, size, group)
-            return [part.view(shape).to(self.rest) for part, shape in zip(parts, shapes, strict=True)]
-        for dim, size, group in reversed(self.gathers):
-            # Widened before it travels, a product's 16-bit gradient would be twice the bytes with the same bits in them.
-            if size <= EXCHANGED and grad.dtype.itemsize < self.reduce.itemsize:
-                grad = exchange_sum_raw(grad, dim, size, group, self.reduce)
-            else:
-                grad = scatter_raw(grad.to(self.reduce), dim, size, group)
-        grad = grad.to(self.rest)
-        if len(shapes) == 1:
-            return [grad]
-        return [part.reshape(shape) for part, shape in zip(grad.split(columns, -1), shapes, strict=True)]
-
-    def _by_engine(self, split: int) -> bool:
-        return self.engine and len(self.gathers) == 1 and self.gathers[0][0] == 0 and split == 1
-
 
 Drop = Callable[[Tensor], Tensor]
 """Drops some of what a low-rank adapter takes in, while it is trained."""
@@ -85,7 +36,8 @@ def project_all(
     operands = [spelling.split("->")[0].split(",") for spelling in spellings.values()]
     one = p.get(joined(spellings))
     ws = [p[name]["weight"] for name in spellings] if one is None else [one["weight"]]
-    products = _products(par, operands[0][0], [right for _, right in operands], x, ws)
+    inside = _inside(operands[0][0], next(iter(spellings.values())))
+    products = _products(par, operands[0][0], [right for _, right in operands], x, ws, inside)
 
     def finished(name: str, y: Tensor) -> Tensor:
         own = p.get(name, {})
@@ -116,7 +68,7 @@ def project_of(
     if "lora" in p:
         return project(par, spelling, fn(*inner), p, drop)
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
-    y = _products(par, left, [right], inner[0], [p["weight"]], (fn, *inner))[0]
+    y = _products(par, left, [right], inner[0], [p["weight"]], left, (fn, *inner))[0]
     return _finished(par, spelling, inner[0], y, p.get("bias"), None, None)
 
 
@@ -132,11 +84,17 @@ def linear(
     """Multiply an activation by a weight at rest.
 
     In ``"BSF,DF->BRD"`` the shared letters (F) are contracted; if they are split over devices, the sum over those is taken on the way to
-    the result's layout (B R D). The bias, of the result's new axes, is at rest too and whole or split like the result. A low-rank adapter
-    adds its two thin products before that sum.
+    the result's layout (B R D). In ``"BRD,DF->BSF"`` the activation's split sequence (R) is gathered on the way in, and backward, which
+    keeps this device's part alone, gathers it again. The bias, of the result's new axes, is at rest too and whole or split like the
+    result. A low-rank adapter adds its two thin products before that sum; what lies between them is gathered, not the activation.
     """
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
-    return _finished(par, spelling, x, _products(par, left, [right], x, [w])[0], bias, lora, drop)
+    return _finished(par, spelling, x, _products(par, left, [right], x, [w], _inside(left, spelling))[0], bias, lora, drop)
+
+
+def _inside(left: str, spelling: str) -> str:
+    """Spell an activation as it is multiplied: with its sequence whole where the result's is."""
+    return left.replace("R", "S") if "S" in spelling.split("->")[1] else left
 
 
 def _finished(
@@ -147,19 +105,21 @@ def _finished(
     left, right = operands.split(",")
     shared = "".join(c for c in right if c in left)
     new = "".join(c for c in right if c not in left)
+    rest = _inside(left, spelling)[: -len(shared)]
     if lora is not None:
-        (thin,) = _products(par, left, [f"{shared}_"], x if drop is None else drop(x), [lora["a"]])
-        (more,) = _products(par, left[: -len(shared)] + "_", [f"_{new}"], thin * lora["scale"].to(x.dtype), [lora["b"]])
+        (thin,) = _products(par, left, [f"{shared}_"], x if drop is None else drop(x), [lora["a"]], left)
+        thin = par.reshard(thin * lora["scale"].to(x.dtype), left[: -len(shared)] + "_", f"{rest}_")
+        (more,) = _products(par, f"{rest}_", [f"_{new}"], thin, [lora["b"]], f"{rest}_")
         y = y + more
-    source = left[: -len(shared)] + new
+    source = rest + new
     partial = tuple(axis for c in shared for axis in par.axes(c, "compute"))
     if partial or result != source:
         y = par.reshard(y, source, result, partial)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], made: Any = None) -> list[Tensor]:
-    """Contract the letters that an activation and each weight at rest share, on this device alone.
+def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], inside: str, made: Any = None) -> list[Tensor]:
+    """Contract the letters that an activation, brought to ``inside``, and each weight at rest share, on this device alone.
 
     One weight for several ``rights`` is theirs side by side.
     ``made`` may be (fn, *inner), where the activation is fn(*inner) and x only shows its shape.
@@ -170,48 +130,64 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     for right, new in zip(rights, news, strict=True):
         if (new + shared if transposed else shared + new) != right or left[-len(shared) :] != shared:
             raise ValueError(f"linear cannot spell {left},{right}: contracted letters must end the activation and start or end the weight")
+    spread = _spread(par, left, inside)
+    x = x if spread is not None else par.reshard(x, left, inside)
     if len(ws) == len(rights):
         ws = [_padded(par, right, w) for right, w in zip(rights, ws, strict=True)]
     moves = [_move(par, right, w) for right, w in zip(rights, ws, strict=False)]
-    if len(ws) > 1 and (transposed or len(shared) > 1 or not _alike(moves, ws, x.dtype)):
-        return [_products(par, left, [right], x, [w])[0] for right, w in zip(rights, ws, strict=True)]
+    if len(ws) > 1 and (transposed or len(shared) > 1 or not _alike(moves, ws, x.dtype, spread is not None)):
+        left = left if spread is not None else inside
+        return [_products(par, left, [right], x, [w], inside)[0] for right, w in zip(rights, ws, strict=True)]
     flat = x.flatten(-len(shared)) if len(shared) > 1 else x
     split = len(news[0]) if transposed else len(shared)
     fn, *inner = made or (None, flat)
-    rows = [part.flatten(0, -2) for part in inner]
-    eight = par.fp8 and _may_round(rights, rows[0], ws, split, transposed)
-    if moves[0].gathers and par.regather:
-        y = _Product.apply(fn, split, transposed, eight, moves[0], len(rows), *rows, *ws)
-    elif fn is not None or eight:
-        w = _moved(x.dtype, moves[0], split, *ws)
-        y = _Product.apply(fn, split, transposed, eight, _Move((), w.dtype, w.dtype), len(rows), *rows, w)
+    inner = inner if spread is not None else [part.flatten(0, -2) for part in inner]
+    lead = [n * spread.size if spread is not None and dim == spread.dim else n for dim, n in enumerate(flat.shape[:-1])]
+    eight = par.fp8 and _may_round(rights, math.prod(lead), flat.shape[-1], ws, split, transposed)
+    copied = not moves[0].gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
+    if (moves[0].gathers and par.regather) or (spread is not None and not copied):
+        y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner)), *inner, *ws)
+    elif fn is not None or spread is not None or eight:
+        w = fetched(x.dtype, moves[0], split, *ws)
+        y = product(How(fn, spread, split, transposed, eight, Move((), w.dtype, w.dtype), len(inner)), *inner, w)
     else:
-        matrix = _matrix(_moved(x.dtype, moves[0], split, *ws), split)
-        y = rows[0] @ (matrix.t() if transposed else matrix)
-    assert isinstance(y, Tensor)
+        matrix = matrix_of(fetched(x.dtype, moves[0], split, *ws), split)
+        y = inner[0] @ (matrix.t() if transposed else matrix)
     sizes = [[_local_size(par, right, c, w) for c in new] for right, new, w in zip(rights, news, ws * len(rights), strict=False)]
     return [
-        part.unflatten(0, flat.shape[:-1]).unflatten(-1, size)
+        part.unflatten(0, lead).unflatten(-1, size)
         for part, size in zip(y.split([math.prod(size) for size in sizes], -1), sizes, strict=True)
     ]
 
 
-def _may_round(rights: list[str], rows: Tensor, ws: list[Tensor], split: int, transposed: bool) -> bool:
+def _spread(par: Parallel, left: str, inside: str) -> Spread | None:
+    """Tell how an activation that is kept in parts alone becomes whole; None where it is not split, or is gathered and kept."""
+    if left == inside or not par.regather:
+        return None
+    dim = left.index("R")
+    have, want = par.axes("R"), par.axes("S")
+    extra = have[len(want) :]
+    if have[: len(want)] != want or par.mesh.size(extra) == 1:
+        return None
+    return Spread(dim, par.mesh.size(extra), par.mesh.group(extra))
+
+
+def _may_round(rights: list[str], rows: int, inner: int, ws: list[Tensor], split: int, transposed: bool) -> bool:
     """Tell whether a product can be taken in 8 bits: the layers' projections are, the head and thin adapters are not."""
     columns = ws[0].shape[:split].numel() if transposed else sum(w.shape[split:].numel() for w in ws)
-    return not any(c in right for c in "V_" for right in rights) and fp8.fits(*rows.shape, columns)
+    return not any(c in right for c in "V_" for right in rights) and fp8.fits(rows, inner, columns)
 
 
-def _alike(moves: list[_Move], ws: list[Tensor], dtype: torch.dtype) -> bool:
-    """Tell whether weights can be one matrix: they travel alike, by rows, and are copied on the way anyway."""
+def _alike(moves: list[Move], ws: list[Tensor], dtype: torch.dtype, spread: bool) -> bool:
+    """Tell whether weights can be one matrix: they travel alike, by rows, and are copied on the way anyway, or cost less than a gather."""
     same = all(move == moves[0] for move in moves) and all(dim == 0 for dim, _, _ in moves[0].gathers)
-    return same and (bool(moves[0].gathers) or all(w.dtype != dtype for w in ws))
+    return same and (spread or bool(moves[0].gathers) or all(w.dtype != dtype for w in ws))
 
 
 def fetch(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Bring a weight from rest to its compute layout, padded, in ``dtype``; the derivative scatters."""
     w = _padded(par, letters, w)
-    return _moved(dtype, _move(par, letters, w), 1, w)
+    return fetched(dtype, _move(par, letters, w), 1, w)
 
 
 def gather_step(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -224,15 +200,9 @@ def scatter_step(par: Parallel, letters: str, grad: Tensor, rest: Tensor) -> Ten
     return _move(par, letters, rest, step=True).give(grad, 1, [rest.shape])[0]
 
 
-def _moved(dtype: torch.dtype, move: _Move, split: int, *shards: Tensor) -> Tensor:
-    out = _Fetch.apply(dtype, move, split, *shards) if move.gathers else move.fetch(shards, split, dtype)
-    assert isinstance(out, Tensor)
-    return out
-
-
-def _move(par: Parallel, letters: str, w: Tensor, step: bool = False) -> _Move:
+def _move(par: Parallel, letters: str, w: Tensor, step: bool = False) -> Move:
     if (par.rules.gather == "step") != step:
-        return _Move((), par.reduce, w.dtype)
+        return Move((), par.reduce, w.dtype)
     store, compute = par.layout(letters, "store"), par.layout(letters, "compute")
     gathers: list[tuple[int, int, str]] = []
     for dim, (rest, use) in enumerate(zip(store.dims, compute.dims, strict=True)):
@@ -243,7 +213,7 @@ def _move(par: Parallel, letters: str, w: Tensor, step: bool = False) -> _Move:
             )
         if extra:
             gathers.append((dim, par.mesh.size(extra), par.mesh.group(extra)))
-    return _Move(tuple(gathers), par.reduce, w.dtype, par.engine and not step)
+    return Move(tuple(gathers), par.reduce, w.dtype, par.engine and not step)
 
 
 def _local_size(par: Parallel, letters: str, letter: str, w: Tensor) -> int:
@@ -262,85 +232,3 @@ def _padded(par: Parallel, letters: str, w: Tensor) -> Tensor:
         if name in par.rules.pad and store[dim]:
             short[2 * (w.dim() - 1 - dim) + 1] = -(-par.sizes[name] // par.mesh.size(store[dim])) - w.shape[dim]
     return F.pad(w, short) if any(short) else w
-
-
-class _Fetch(Function):
-    @staticmethod
-    def forward(dtype: torch.dtype, move: _Move, split: int, *shards: Tensor) -> Tensor:
-        return move.fetch(shards, split, dtype)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.args, ctx.shapes = inputs[1:3], [shard.shape for shard in inputs[3:]]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        move, split = ctx.args
-        return None, None, None, *_Give.apply(grad, move, split, ctx.shapes)  # pyright: ignore
-
-
-class _Give(Function):
-    @staticmethod
-    def forward(grad: Tensor, move: _Move, split: int, shapes: list[torch.Size]) -> tuple[Tensor, ...]:
-        return tuple(move.give(grad, split, shapes))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.dtype, ctx.args = inputs[0].dtype, inputs[1:3]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Fetch.apply(ctx.dtype, *ctx.args, *grads), None, None, None
-
-
-class _Product(Function):
-    """rows @ the gathered shards, side by side; or, with ``fn``, fn(*rows) @ them.
-
-    Keeps rows and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products). With ``eight`` all three
-    products are taken in 8 bits.
-    """
-
-    @staticmethod
-    def forward(fn: Any, split: int, transposed: bool, eight: bool, move: _Move, count: int, *tensors: Tensor) -> Tensor:
-        rows = tensors[0] if fn is None else fn(*tensors[:count])
-        w = _matrix(move.fetch(tensors[count:], split, rows.dtype), split)
-        w = w.t() if transposed else w
-        return fp8.matmul(rows, w, fp8.scale_for(rows), fp8.scale_for(w)) if eight else rows @ w
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[6:])
-        ctx.args = inputs[:6]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        fn, split, transposed, eight, move, count = ctx.args
-        # Saved tensors may be wrappers of a torch.func level that has ended (inside remat): a view is not.
-        inner, shards = [x.view_as(x) for x in ctx.saved_tensors[:count]], ctx.saved_tensors[count:]
-        wanted, wanted_shards = any(ctx.needs_input_grad[6 : 6 + count]), ctx.needs_input_grad[6 + count :]
-        made: Any = (inner[0], None) if fn is None else vjp(fn, *inner)
-        rows, pull = made
-        w = _Fetch.apply(rows.dtype, move, split, *shards)
-        assert isinstance(w, Tensor)
-        matrix = _matrix(w, split)
-        back = matrix if transposed else matrix.t()
-        scale = fp8.scale_for(grad, fp8.GRADIENTS) if eight else grad
-        d_inner: Sequence[Tensor | None] = [None] * count
-        if wanted:
-            d_rows = fp8.matmul(grad, back, scale, fp8.scale_for(matrix), fp8.GRADIENTS) if eight else grad @ back
-            d_inner = [d_rows] if pull is None else pull(d_rows)
-        d_shards: list[Tensor | None] = [None] * len(shards)
-        if any(wanted_shards):  # frozen weights take none
-            if eight:
-                sides = ((grad, scale, fp8.GRADIENTS), (rows, fp8.scale_for(rows), fp8.VALUES))
-                (a, scale_a, type_a), (b, scale_b, type_b) = sides if transposed else reversed(sides)
-                d_matrix = fp8.matmul(a.t(), b, scale_a, scale_b, type_a, type_b)
-            else:
-                d_matrix = grad.t() @ rows if transposed else rows.t() @ grad
-            given: Any = _Give.apply(d_matrix.view(w.shape), move, split, [shard.shape for shard in shards])
-            d_shards = [part if need else None for part, need in zip(given, wanted_shards, strict=True)]
-        return None, None, None, None, None, None, *d_inner, *d_shards
-
-
-def _matrix(w: Tensor, split: int) -> Tensor:
-    return w.flatten(split).flatten(0, split - 1)

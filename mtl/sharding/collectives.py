@@ -23,7 +23,7 @@ _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
 
 def all_gather(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
     """Join the parts that lie along ``axes`` at dimension ``dim``."""
-    return x if mesh.size(axes) == 1 else _all_gather(x, dim, mesh.size(axes), mesh.group(axes))
+    return x if mesh.size(axes) == 1 else gather(x, dim, mesh.size(axes), mesh.group(axes))
 
 
 def psum_scatter(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
@@ -53,22 +53,46 @@ def permute(x: Tensor, axes: Axes, mesh: Mesh, shift: int = 1) -> Tensor:
 
 def gather_raw(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """Gather without a derivative: the piece that Functions are made of."""
-    out = _ops.wait_tensor(_ops.all_gather_into_tensor(x.contiguous(), size, group))
+    return gather_end(gather_start(x, size, group), dim, size)
+
+
+def gather_start(x: Tensor, size: int, group: str) -> Tensor:
+    """Start a gather; `gather_end` gives its result."""
+    return _ops.all_gather_into_tensor(x.contiguous(), size, group)
+
+
+def gather_end(started: Tensor, dim: int, size: int) -> Tensor:
+    """Wait for a gather that was started, and join the parts at a dimension."""
+    out = wait(started)
     return out if dim == 0 else out.unflatten(0, (size, -1)).movedim(0, dim).flatten(dim, dim + 1)
 
 
 def scatter_raw(x: Tensor, dim: int, size: int, group: str) -> Tensor:
     """Sum and scatter without a derivative: the piece that Functions are made of."""
-    x = x if dim == 0 else x.unflatten(dim, (size, -1)).movedim(dim, 0).flatten(0, 1)
-    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x.contiguous(), "sum", size, group))
+    return wait(_ops.reduce_scatter_tensor(_by_member(x, dim, size), "sum", size, group))
 
 
 def exchange_sum_raw(x: Tensor, dim: int, size: int, group: str, dtype: torch.dtype) -> Tensor:
     """Sum and scatter without a derivative: parts travel in the type they have and are summed in ``dtype`` where they arrive."""
-    x = x if dim == 0 else x.unflatten(dim, (size, -1)).movedim(dim, 0).flatten(0, 1)
+    x = _by_member(x, dim, size)
     rows = [x.shape[0] // size] * size
     parts = exchange_raw(x, rows, rows, group)
     return parts.unflatten(0, (size, -1)).sum(0, dtype=dtype)
+
+
+def scatter_start(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """Start what `psum_scatter` does; `scatter_end` gives its result."""
+    x = _by_member(x, dim, size)
+    if not _exchanged(x, size):
+        return _ops.reduce_scatter_tensor(x, "sum", size, group)
+    rows = [x.shape[0] // size] * size
+    return _ops.all_to_all_single(x, rows, rows, group)
+
+
+def scatter_end(started: Tensor, size: int) -> Tensor:
+    """Wait for a sum that `scatter_start` started."""
+    out = wait(started)
+    return out.unflatten(0, (size, -1)).sum(0, dtype=torch.float32).to(out.dtype) if _exchanged(out, size) else out
 
 
 def permute_start(x: Tensor, shift: int, index: int, size: int, group: str) -> Tensor:
@@ -89,6 +113,15 @@ def wait(x: Tensor) -> Tensor:
     return _ops.wait_tensor(x)
 
 
+def _by_member(x: Tensor, dim: int, size: int) -> Tensor:
+    """Bring the parts of a dimension that go to each member of a group one after the other."""
+    return (x if dim == 0 else x.unflatten(dim, (size, -1)).movedim(dim, 0).flatten(0, 1)).contiguous()
+
+
+def _exchanged(x: Tensor, size: int) -> bool:
+    return x.dtype.itemsize == 2 and size <= EXCHANGED
+
+
 class _AllGather(Function):
     @staticmethod
     def forward(x: Tensor, dim: int, size: int, group: str) -> Tensor:
@@ -106,9 +139,7 @@ class _AllGather(Function):
 class _PsumScatter(Function):
     @staticmethod
     def forward(x: Tensor, dim: int, size: int, group: str) -> Tensor:
-        if x.dtype.itemsize == 2 and size <= EXCHANGED:
-            return exchange_sum_raw(x, dim, size, group, torch.float32).to(x.dtype)
-        return scatter_raw(x, dim, size, group)
+        return scatter_end(scatter_start(x, dim, size, group), size)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -181,7 +212,8 @@ class _Pmax(Function):
 
 
 @_dynamo.allow_in_graph
-def _all_gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+def gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """Join the parts that the members of a group hold at a dimension."""
     return _AllGather.apply(x, dim, size, group)
 
 

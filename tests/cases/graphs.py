@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx import Interpreter
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharding_rules
 from mtl import tree
@@ -17,7 +20,7 @@ from mtl.sharding.shard_map import to_local
 from mtl.train.gradient import gather_weights, value_and_grad
 from mtl.train.loss import make_loss, parse_remat
 from tests.cases.train import batch, parallel
-from tests.small import BATCH, MESHES, MODELS
+from tests.small import BATCH, MESHES, MODELS, SEQ
 
 KINDS = {
     "all_gather": "all_gather_into_tensor",
@@ -32,10 +35,8 @@ KINDS = {
 
 def counts(table: str, world: int, model: str = "llama", remat: str = "none", how: str = "step", pieces: int = 1) -> dict[str, Any]:
     """Count operations by kind over all graphs, and the elements that the largest gathered weight holds."""
-    config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
+    config, rules, shape = MODELS[model], sharding_rules.load(table), MESHES[table][world]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
-    par = parallel(config, rules, shape, BATCH // rows, precision)
-    specs = decoder.specs(config)
     found: collections.Counter[str] = collections.Counter()
     graphs = 0
 
@@ -43,17 +44,124 @@ def counts(table: str, world: int, model: str = "llama", remat: str = "none", ho
         nonlocal graphs
         graphs += 1
         for node in graph.graph.nodes:
-            name = str(getattr(node.target, "__name__", "")).split(".")[0]
-            found.update(kind for kind, op in KINDS.items() if name == op)
+            found.update(kind for kind, op in KINDS.items() if _name(node) == op)
         return make_boxed_func(graph.forward)
 
-    backend = aot_autograd(fw_compiler=count)
-    loss = make_loss(decoder, config, par, precision, parse_remat(remat), backend if how == "block" else None)
+    usual, decoder.MLP_BYTES = decoder.MLP_BYTES, 16 * BATCH // rows * SEQ * config.mlp // pieces
+    run_gradient(table, world, model, remat, how, aot_autograd(fw_compiler=count))
+    decoder.MLP_BYTES = usual
+    return {**{kind: found[kind] for kind in KINDS}, "graphs": graphs}
+
+
+def run_gradient(table: str, world: int, model: str, remat: str, how: str, backend: Any, keeping: bool = False) -> None:
+    """Compute one micro-batch's gradient. ``keeping`` keeps what would be gathered again."""
+    config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
+    rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
+    par = parallel(config, rules, shape, BATCH // rows, precision)
+    specs = decoder.specs(config)
+    loss = make_loss(decoder, config, par.keeping() if keeping else par, precision, parse_remat(remat), backend if how == "block" else None)
     params = tree.map(to_local, init(specs, rules, par.mesh, 0, precision.param))
     params = gather_weights(par, tree.map(lambda s: s.axes, specs), params, precision.compute)
     data = {k: v if k == "slots" else v[0] for k, v in batch(par, config, 0, BATCH // rows, False).items()}
     data["key"] = torch.tensor(1)
-    usual, decoder.MLP_BYTES = decoder.MLP_BYTES, 16 * BATCH // rows * par.sizes["seq"] * config.mlp // pieces
     value_and_grad(loss, how, backend)(params, data, torch.tensor(1.0, dtype=torch.float64))
-    decoder.MLP_BYTES = usual
-    return {**{kind: found[kind] for kind in KINDS}, "graphs": graphs}
+
+
+def kept(table: str, world: int, how: str, keeping: bool) -> int:
+    """Measure the bytes that the head finds in memory and that backward reads: in eager mode all it finds."""
+    found: list[int] = []
+    usual = decoder.head
+
+    def measured(*args: Any) -> Any:
+        found.append(alive.bytes())
+        return usual(*args)
+
+    def run(graph: Any, _: Any) -> Any:
+        def forward(*inputs: Any) -> Any:
+            order = _Order(graph)
+            out = order.run(*inputs)
+            found.append(order.across("log_softmax", "_log_softmax", "logsumexp"))
+            return out
+
+        return make_boxed_func(forward)
+
+    alive = _Alive()
+    if how == "none":
+        decoder.head = measured
+        with alive:
+            run_gradient(table, world, "llama", "none", how, None, keeping)
+        decoder.head = usual
+    else:
+        run_gradient(table, world, "llama", "none", how, aot_autograd(fw_compiler=run), keeping)
+    (total,) = found
+    return total
+
+
+def order_of_backward(table: str, world: int) -> list[str]:
+    """List the products and the starts and ends of collectives in the captured graph, from the head on."""
+    names: list[str] = []
+
+    def note(graph: Any, _: Any) -> Any:
+        kinds = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "sum", "mm": "mm"}
+        for node in graph.graph.nodes:
+            name = _name(node)
+            if name == "wait_tensor":
+                names.append({"gather": "gathered", "sum": "summed"}[kinds[_name(node.args[0])]])
+            elif name in kinds:
+                names.append(kinds[name])
+        return make_boxed_func(graph.forward)
+
+    run_gradient(table, world, "llama", "none", "step", aot_autograd(fw_compiler=note))
+    return names
+
+
+class _Alive(TorchDispatchMode):
+    """Knows the memory of all that was made while it was entered and is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.known[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def bytes(self) -> int:
+        return sum(n for reference, n in self.known.values() if not reference.expired())
+
+
+class _Order(Interpreter):
+    """Runs a graph and notes when the memory of each value was made and last read."""
+
+    def run(self, *inputs: Any) -> Any:
+        self.places: dict[int, list[int]] = {}
+        self.sizes: dict[int, int] = {}
+        self.names: list[str] = []
+        self.held: list[Any] = []  # so that no memory is given out twice
+        return super().run(*inputs)
+
+    def run_node(self, n: Any) -> Any:
+        out = super().run_node(n)
+        here = len(self.names)
+        self.names.append(_name(n))
+        made = out if isinstance(out, tuple | list) else (out,)
+        for x in (*(self.env[a] for a in n.all_input_nodes if a in self.env), *made):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                self.held.append(x)
+                self.sizes[storage._cdata] = 0 if n.op == "placeholder" else self.sizes.get(storage._cdata, storage.nbytes())
+                self.places.setdefault(storage._cdata, [here, here])[1] = here
+        return out
+
+    def across(self, *names: str) -> int:
+        """Sum what was made before the first of some operations and is read after it."""
+        middle = min(i for i, name in enumerate(self.names) if name in names)
+        return sum(self.sizes[key] for key, (first, last) in self.places.items() if first < middle < last)
+
+
+def _name(node: Any) -> str:
+    return str(getattr(node.target, "__name__", "")).split(".")[0]
