@@ -215,6 +215,29 @@ def test_full_remat_keeps_the_inputs_of_layers(how: str, most: int) -> None:
     assert one <= (large - small) / 4 <= most * one
 
 
+def kept_by_a_layer(tensor: int, how: str) -> float:
+    """Give what one layer of GPT-3's shape keeps for backward on one device, in bytes, divided by (tokens x embed / tensor)."""
+    kept: list[int] = []
+    for layers in (4, 8):
+        job, _ = preset_job("gpt3_175b", MeshShape(tensor=tensor), 1, 2048, layers=layers, compile=how)
+        records = planning.record(job)
+        life = records.life(planning.record_gradient(job, layers))
+        head = next(k.place for k in life.kernels if k.op.scope == "head")
+        kept.append(life.alive(head)["activations"])
+    return (kept[1] - kept[0]) / 4 / (2048 * 12288 / tensor)
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 8])
+def test_layers_keep_less_than_megatrons_formula_under_tensor_parallelism(tensor: int) -> None:
+    """Megatron-LM keeps 34 s b h / t with sequence parallelism and fused attention (Korthikanti et al., 2022): all is divided by t.
+
+    Ours has no dropout (2 less) and computes GELU again (8 less). Inputs of products kept whole would be 4 s b h, divided by nothing.
+    """
+    eager, compiled = kept_by_a_layer(tensor, "none"), kept_by_a_layer(tensor, "step")
+    assert eager == pytest.approx(28, abs=0.1), "24, and norms keep their inputs in float32: 2 s b h / t more each"
+    assert compiled == pytest.approx(24 if tensor == 1 else 26, abs=0.1), "24, and a residual stream in float32, as a sum over devices gives it"
+
+
 MEASURED = [  # preset, mesh, batch, tokens, layers, GiB and ms of docs/benchmarks.md
     ("llama3_8b", MeshShape(), 2, 4096, 4, 30.13, 134),
     ("llama3_8b", MeshShape(), 2, 8192, 4, 35.95, 268),
