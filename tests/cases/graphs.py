@@ -80,7 +80,7 @@ def kept(table: str, world: int, how: str, keeping: bool) -> int:
         def forward(*inputs: Any) -> Any:
             order = _Order(graph)
             out = order.run(*inputs)
-            found.append(order.across("log_softmax", "_log_softmax", "logsumexp"))
+            found.append(order.across("log", "_log_softmax", "logsumexp"))
             return out
 
         return make_boxed_func(forward)
@@ -106,7 +106,7 @@ def order_of_backward(table: str, world: int) -> list[str]:
         for node in graph.graph.nodes:
             name = _name(node)
             if name == "wait_tensor":
-                names.append({"gather": "gathered", "sum": "summed"}[kinds[_name(node.args[0])]])
+                names.append({"gather": "gathered", "sum": "summed"}.get(kinds.get(_name(node.args[0]), ""), "other"))
             elif name in kinds:
                 names.append(kinds[name])
         return make_boxed_func(graph.forward)
