@@ -81,6 +81,12 @@ def test_tensor_parallel_layers_keep_parts_alone(ranks: Ranks, how: str) -> None
     assert whole - parts == LAYERS * 2 * BATCH * SEQ * 32 * 8 // 2
 
 
+def test_compiled_blocks_gather_again_in_their_backward(ranks: Ranks) -> None:
+    """Where the partitioner would gather ahead and keep, the count of both would be the same."""
+    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="fsdp", world=2) == [TRIPS, TRIPS]
+    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2) == [2, 2 + 2]
+
+
 def test_communication_of_tensor_parallel_layers_runs_beside_their_backward_products(ranks: Ranks) -> None:
     """In the captured order: a gather, the product whose gradient is summed next, that sum, the other product, the sum's end."""
     order = ranks.run("tests.cases.graphs:order_of_backward", 2, table="tensor", world=2)

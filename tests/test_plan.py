@@ -23,7 +23,7 @@ from mtl.inspect.count import count
 from mtl.inspect.operations import band
 from mtl.inspect.plan import PARTS, make_plan, memory
 from mtl.inspect.record import Wire
-from mtl.inspect.timing import traffic
+from mtl.inspect.timing import beside_product, traffic
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
@@ -236,6 +236,16 @@ def test_layers_keep_less_than_megatrons_formula_under_tensor_parallelism(tensor
     eager, compiled = kept_by_a_layer(tensor, "none"), kept_by_a_layer(tensor, "step")
     assert eager == pytest.approx(28, abs=0.1), "norms keep their inputs in float32: 4 more"
     assert compiled == pytest.approx(24 if tensor == 1 else 26, abs=0.1), "a sum over devices gives float32: 2 more"
+
+
+def test_communication_beside_products_is_told_apart() -> None:
+    """Under tensor parallelism two gathers and two sums of a layer's backward each run beside a product; the forward's show."""
+    job, _ = preset_job("llama3_8b", MeshShape(tensor=2), 2, 8192, layers=2)
+    trace = planning.record_gradient(job, 2)
+    life = planning.record(job).life(trace)
+    beside = [k.op for i, k in enumerate(life.kernels) if beside_product(life, i)]
+    assert sorted(op.name for op in beside) == ["all_gather_into_tensor"] * 4 + ["all_to_all_single"] * 4
+    assert {op.scope for op in beside} == {"backward"}
 
 
 MEASURED = [  # preset, mesh, batch, tokens, layers, GiB and ms of docs/benchmarks.md

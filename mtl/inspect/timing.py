@@ -53,22 +53,30 @@ def kernel_seconds(kernel: Kernel, device: Device, dtype: str) -> float:
 
 
 def seconds(life: Life, mesh: MeshShape, device: Device, dtype: str, overlapped: bool) -> dict[str, float]:
-    """Time a record by kind. With ``overlapped``, gathers of weights and sums of gradients run beside compute, in part.
+    """Time a record by kind. With ``overlapped``, gathers of weights, sums of gradients and what starts before a product run beside
+    compute, in part.
 
     What copy engines move takes no multiprocessors from the products beside it, and the link reaches what it reaches alone.
     """
     found: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    for kernel in life.kernels:
+    for i, kernel in enumerate(life.kernels):
         op = kernel.op
         if op.wire is None:
             name = {"matmul": "products", "attention": "attention"}.get(op.kind, "other kernels")
             found[name] += kernel_seconds(kernel, device, dtype)
             continue
         kinds = {life.kinds.get(b) for b in (*op.reads, *op.makes)}
-        hides = overlapped and (kinds & {"gathered weights"} or (kinds & {"gradients"} and sums_gradients(op, life.kinds)))
+        known = kinds & {"gathered weights"} or (kinds & {"gradients"} and sums_gradients(op, life.kinds))
+        hides = overlapped and (known or beside_product(life, i))
         beside = bool(hides) and op.wire.slot is None
         found["hidden communication" if hides else "communication"] += traffic(op.wire, mesh, device, beside).seconds
     return found
+
+
+def beside_product(life: Life, place: int) -> bool:
+    """Tell whether a product that needs nothing of a collective's result comes right after it."""
+    op, later = life.kernels[place].op, life.kernels[place + 1 : place + 2]
+    return op.wire is not None and any(k.op.kind == "matmul" and not {*op.makes} & {*k.op.reads} for k in later)
 
 
 def combine(parts: Sequence[Mapping[str, float]], weights: Sequence[float]) -> dict[str, float]:

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from functorch.compile import make_boxed_func
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx import Interpreter
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -113,6 +113,23 @@ def order_of_backward(table: str, world: int) -> list[str]:
 
     run_gradient(table, world, "llama", "none", "step", aot_autograd(fw_compiler=note))
     return names
+
+
+def gathers_of_a_block(table: str, world: int) -> list[int]:
+    """Count the gathers in the forward and in the backward graph of a compiled layer, cut by the partitioner that inductor uses."""
+    found: dict[str, int] = {}
+
+    def counted(side: str) -> Any:
+        def count(graph: Any, _: Any) -> Any:
+            found[side] = sum(_name(node) == KINDS["all_gather"] for node in graph.graph.nodes)
+            return make_boxed_func(graph.forward)
+
+        return count
+
+    cut = min_cut_rematerialization_partition
+    backend = aot_autograd(fw_compiler=counted("forward"), bw_compiler=counted("backward"), partition_fn=cut)
+    run_gradient(table, world, "llama", "none", "block", backend)
+    return [found["forward"], found["backward"]]
 
 
 class _Alive(TorchDispatchMode):
