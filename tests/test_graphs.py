@@ -82,7 +82,7 @@ def test_tensor_parallel_layers_keep_parts_alone(ranks: Ranks, how: str) -> None
 
 
 def test_compiled_blocks_gather_again_in_their_backward(ranks: Ranks) -> None:
-    """Where the partitioner would gather ahead and keep, the count of both would be the same."""
+    """Their sum would be the same if the partitioner gathered ahead and kept what is gathered."""
     assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="fsdp", world=2) == [TRIPS, TRIPS]
     assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2) == [2, 2 + 2]
 

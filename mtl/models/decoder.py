@@ -239,7 +239,7 @@ def attended_size(cfg: Config) -> int:
 
 def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, selective: bool = False) -> Tensor:
     """Apply one layer to the residual stream (B, R, D). ``selective`` recomputes the attention core and the MLP's inside in backward."""
-    again = remat if selective else _as_is
+    again = partial(remat, late=par.late) if selective else _as_is
     h = _norm(cfg, p["norm1"], x)
     if cfg.parallel == "one_norm":  # what two products share is gathered once, and kept
         h = par.reshard(h, "BRD", "BSD")
@@ -336,7 +336,7 @@ def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again
     names = ("gate", "up") if cfg.activation in GATED else ("up",)
     pieces = 1 if cfg.dropout_lora else _pieces(par, h, len(names) * cfg.mlp)
     if pieces > 1:
-        run = remat(lambda p, h: _whole_mlp(cfg, par, p, h, {}, again))
+        run = remat(lambda p, h: _whole_mlp(cfg, par, p, h, {}, again), par.late)
         mine = {name: p[name] for name in (*names, "down")}
         return torch.cat([run(mine, part) for part in h.tensor_split(pieces, 1)], 1)
     return _whole_mlp(cfg, par, p, h, stream, again)
@@ -364,7 +364,7 @@ def _whole_mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
     def down(p: Params, stream: Stream, *inner: Tensor) -> Tensor:
         return project(par.keeping(), "BSF,DF->BRD", activation(*inner), p, _drops(cfg, par, stream).get("down"))
 
-    if again is remat:
+    if again is not _as_is:
         return again(down)(p["down"], {name: stream[name] for name in ("rows", "inner_slots", "key") if drops}, *inner)
     return project_of(par, "BSF,DF->BRD", activation, inner, p["down"], drops.get("down"))
 

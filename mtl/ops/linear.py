@@ -146,10 +146,10 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     eight = par.fp8 and _may_round(rights, math.prod(lead), flat.shape[-1], ws, split, transposed)
     copied = not moves[0].gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
     if (moves[0].gathers and par.regather) or (spread is not None and not copied):
-        y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner)), *inner, *ws)
+        y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late), *inner, *ws)
     elif fn is not None or spread is not None or eight:
         w = fetched(x.dtype, moves[0], split, *ws)
-        y = product(How(fn, spread, split, transposed, eight, Move((), w.dtype, w.dtype), len(inner)), *inner, w)
+        y = product(How(fn, spread, split, transposed, eight, Move((), w.dtype, w.dtype), len(inner), par.late), *inner, w)
     else:
         matrix = matrix_of(fetched(x.dtype, moves[0], split, *ws), split)
         y = inner[0] @ (matrix.t() if transposed else matrix)

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.func import vjp
 
 from mtl.kernels import copy_engine, fp8
+from mtl.ops.late import after
 from mtl.sharding.collectives import (
     EXCHANGED,
     exchange_sum_raw,
@@ -147,7 +148,8 @@ class How:
     """How a product is taken.
 
     The first ``count`` operands are the activation: rows, or what ``fn`` makes rows of, or with ``spread`` this device's part of it. The
-    others are shards of weights, which lie side by side. With ``eight`` products are taken in 8 bits.
+    others are shards of weights, which lie side by side. With ``eight`` products are taken in 8 bits. ``late`` makes what is gathered again
+    wait for the gradient.
     """
 
     fn: Any
@@ -157,6 +159,7 @@ class How:
     eight: bool
     move: Move
     count: int
+    late: bool = False
 
     def rows(self, *inner: Tensor) -> Tensor:
         """Give the activation as rows."""
@@ -221,7 +224,8 @@ class _Product(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         how: How = ctx.how
         # Saved tensors may be wrappers of a torch.func level that has ended (inside remat): a view is not.
-        inner, shards = [x.view_as(x) for x in ctx.saved_tensors[: how.count]], ctx.saved_tensors[how.count :]
+        saved = [after(x, grad) if how.late else x.view_as(x) for x in ctx.saved_tensors]
+        inner, shards = saved[: how.count], saved[how.count :]
         wanted, wanted_shards = any(ctx.needs_input_grad[1 : 1 + how.count]), ctx.needs_input_grad[1 + how.count :]
         w = _Fetch.apply(inner[0].dtype, how.move, how.split, *shards)
         assert isinstance(w, Tensor)

@@ -8,17 +8,19 @@ from torch.autograd import Function
 from torch.func import vjp
 
 from mtl import tree
+from mtl.ops.late import after
 
 
-def remat(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def remat(fn: Callable[..., Tensor], late: bool = False) -> Callable[..., Tensor]:
     """Wrap a function of trees of tensors (one result) so that its intermediate values are computed again in backward.
 
-    Collectives inside are issued again too. The function must not close over tensors that need a gradient.
+    Collectives inside are issued again too. The function must not close over tensors that need a gradient. ``late`` is for what a compiler
+    cuts into forward and backward by itself: it would else compute again in forward, and keep.
     """
 
     def call(*args: Any) -> Tensor:
         leaves, structure = tree.flatten(args)
-        out = _Remat.apply(fn, structure, *leaves)
+        out = _Remat.apply(fn, structure, late, *leaves)
         assert isinstance(out, Tensor)
         return out
 
@@ -27,22 +29,24 @@ def remat(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 class _Remat(Function):
     @staticmethod
-    def forward(fn: Any, structure: Any, *leaves: Any) -> Any:
+    def forward(fn: Any, structure: Any, late: bool, *leaves: Any) -> Any:
         return fn(*tree.unflatten(structure, leaves))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.fn, ctx.structure = inputs[:2]
-        ctx.tensor = [isinstance(x, Tensor) for x in inputs[2:]]
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs[2:]]
-        ctx.save_for_backward(*(x for x in inputs[2:] if isinstance(x, Tensor)))
+        ctx.fn, ctx.structure, ctx.late = inputs[:3]
+        ctx.tensor = [isinstance(x, Tensor) for x in inputs[3:]]
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs[3:]]
+        ctx.save_for_backward(*(x for x in inputs[3:] if isinstance(x, Tensor)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         # Inside another remat saved tensors may be wrappers of a torch.func level that has ended: a view is not.
         tensors = [x.view_as(x) for x in ctx.saved_tensors]
-        needed = [need for need, is_tensor in zip(ctx.needs_input_grad[2:], ctx.tensor, strict=True) if is_tensor]
+        needed = [need for need, is_tensor in zip(ctx.needs_input_grad[3:], ctx.tensor, strict=True) if is_tensor]
         wanted = [i for i, x in enumerate(tensors) if x.is_floating_point() and needed[i]]
+        if ctx.late:
+            tensors = [after(x, grad) if i in wanted else x for i, x in enumerate(tensors)]
 
         def run(*floating: Tensor) -> Any:
             values = list(tensors)
@@ -56,4 +60,4 @@ class _Remat(Function):
         for i, g in zip(wanted, vjp(run, *(tensors[i] for i in wanted))[1](grad), strict=True):
             grads[i] = g
         given = iter(grads)
-        return None, None, *(next(given) if is_tensor else None for is_tensor in ctx.tensor)
+        return None, None, None, *(next(given) if is_tensor else None for is_tensor in ctx.tensor)

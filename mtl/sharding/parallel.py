@@ -19,8 +19,9 @@ class Parallel:
 
     ``sizes`` maps logical axes to global sizes; ``reduce`` is the type of gradients on the wire. With ``regather`` a gathered weight is
     dropped after use and gathered again in backward; without, it is kept, as inside what is computed again in backward anyway.
-    With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers must be on one host.
-    With ``fp8`` the layers' projections are multiplied in 8 bits.
+    With ``late`` what backward gathers or computes again is made to wait for the gradient: a compiler that cuts forward from backward
+    would else do it ahead, and keep it. With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers
+    must be on one host. With ``fp8`` the layers' projections are multiplied in 8 bits.
     """
 
     mesh: Mesh
@@ -28,6 +29,7 @@ class Parallel:
     sizes: Mapping[str, int]
     reduce: torch.dtype = torch.float32
     regather: bool = True
+    late: bool = False
     engine: bool = False
     fp8: bool = False
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)

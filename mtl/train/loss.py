@@ -1,7 +1,7 @@
 """From a model's four functions to one loss: the layers folded, rematerialised and, if asked, compiled block by block."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -63,7 +63,7 @@ def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[
         return model.block(layer, par.keeping(), p, x, stream)
 
     ordinary = selective if again.kind == "selective" else plain
-    return ordinary, remat(kept) if again.kind == "full" else ordinary
+    return ordinary, remat(kept, par.late) if again.kind == "full" else ordinary
 
 
 def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:
@@ -71,8 +71,10 @@ def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, ag
     if par.mesh.shape.pipe > 1:
         raise ValueError("layers lie on a pipeline: mtl.train.pipelined makes steps and evaluations for it")
 
+    inner = replace(par, late=backend is not None)
+
     def runners(layer: Any) -> tuple[Any, Any]:
-        blocks = make_blocks(model, layer, par, again)
+        blocks = make_blocks(model, layer, inner, again)
         return blocks if backend is None else (compiled(blocks[0], backend, blockwise=True), compiled(blocks[1], backend, blockwise=True))
 
     known: dict[Any, tuple[Any, Any]] = {}  # equal layers share one block, which is compiled once
