@@ -18,7 +18,7 @@ from mtl.sharding.mesh import MeshShape
 from mtl.sharding.rules import Rules
 from mtl.train.step import StepOptions
 
-ORDER = ("none", "selective", "every:4", "every:3", "every:2", "full")
+ORDER = ("none", "gather", "selective", "every:4", "every:3", "every:2", "full")
 """From what computes least again to what computes most. Each is planned only if those before it do not fit."""
 SPARE = 0.9
 """The share of a device that plain `auto` plans with: the rest is for the driver, communication and gaps between blocks."""
@@ -82,7 +82,7 @@ def planned(
     """Make ``plan(remat)``: the plan of the run's step with it."""
     if why := planning.refuses(setup):
         raise UserError(
-            f"--remat {setup.remat} needs a plan of the step, and there is none: {why}. Choose none, selective, full or every:N."
+            f"--remat {setup.remat} needs a plan of the step, and there is none: {why}. Choose none, gather, selective, full or every:N."
         )
 
     def plan(remat: str) -> Plan:
@@ -104,7 +104,8 @@ def settled(
     def decide() -> str:
         budget = parse_budget(setup.remat, memory_of(device, shape.devices()))
         plan = planned(setup, rules, shape, sizes, options, device, documents(), engine)
-        found = choose(lambda remat: plan(remat).memory.peak, budget)
+        order = [remat for remat in ORDER if remat != "gather" or shape.tensor > 1]  # else it is none
+        found = choose(lambda remat: plan(remat).memory.peak, budget, order)
         return json.dumps([found.remat, str(found)])
 
     remat, said = json.loads(process.on_first_rank(decide))

@@ -65,26 +65,32 @@ def test_block_compile_keeps_remat_and_regather(ranks: Ranks) -> None:
 
 def test_tensor_parallel_is_sequence_parallel(ranks: Ranks) -> None:
     found = counts(ranks, "tensor")
-    # Forward gathers before attention, MLP and head, scatters after attention, MLP and embedding; backward transposes each. What a layer's
-    # first products take in is gathered once more in backward, since parts alone are kept.
-    assert found["reduce_scatter"] == 2 * (2 * LAYERS + 1)
-    assert found["all_gather"] == found["reduce_scatter"] + 2 * LAYERS
+    # Forward gathers before attention, MLP and head, scatters after attention, MLP and embedding; backward transposes each.
+    assert found["all_gather"] == found["reduce_scatter"] == 2 * (2 * LAYERS + 1)
     assert found["all_to_all"] == 0
-    full = counts(ranks, "tensor", remat="full")
-    assert full["all_gather"] == found["all_gather"], "a layer that is computed again gathers its inputs there, and keeps them till its end"
+
+
+@pytest.mark.parametrize("remat", ["gather", "selective", "full"])
+def test_inputs_of_tensor_parallel_products_may_be_gathered_again(ranks: Ranks, remat: str) -> None:
+    """Each layer's first products once more; a layer that is computed again does so there, and keeps them till its end."""
+    plain, found = counts(ranks, "tensor"), counts(ranks, "tensor", remat=remat)
+    assert found["all_gather"] == plain["all_gather"] + 2 * LAYERS
+    assert found["mm"] == plain["mm"] or remat == "full", "gathering again must not multiply again"
 
 
 @pytest.mark.parametrize("how", ["none", "step"])
 def test_tensor_parallel_layers_keep_parts_alone(ranks: Ranks, how: str) -> None:
     """By hand: two inputs of products a layer, tokens x embed in float64, less the half that each of two devices keeps."""
-    parts, whole = (ranks.run("tests.cases.graphs:kept", 2, table="tensor", world=2, how=how, keeping=k) for k in (False, True))
+    parts, whole = (ranks.run("tests.cases.graphs:kept", 2, table="tensor", world=2, how=how, remat=r) for r in ("gather", "none"))
     assert whole - parts == LAYERS * 2 * BATCH * SEQ * 32 * 8 // 2
 
 
 def test_compiled_blocks_gather_again_in_their_backward(ranks: Ranks) -> None:
     """Their sum would be the same if the partitioner gathered ahead and kept what is gathered."""
     assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="fsdp", world=2) == [TRIPS, TRIPS]
-    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2) == [2, 2 + 2]
+    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2) == [2, 2]
+    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2, remat="gather") == [2, 2 + 2]
+    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2, remat="full") == [2, 2 + 2]
 
 
 def test_communication_of_tensor_parallel_layers_runs_beside_their_backward_products(ranks: Ranks) -> None:

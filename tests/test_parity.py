@@ -63,7 +63,8 @@ COMPILED: list[Case] = [
     (("fsdp", 4), "llama", "none", "engine", 1),
     (("fsdp_tensor", 4), "llama_tied", "full", "engine", 3),
     (("hsdp", 4), "gpt", "selective", "engine", 1),
-    (("fsdp_tensor", 4), "llama", "none", "step", 1),
+    (("fsdp_tensor", 4), "llama", "gather", "step", 1),
+    (("tensor", 2), "gpt", "gather", "block", 1),
     (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
     (("hsdp", 4), "gpt", "selective", "step", 3),
 ]

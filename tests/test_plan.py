@@ -39,7 +39,7 @@ from tests.cases.inspect import job_of, planned_counts
 from tests.ranks import Ranks
 from tests.small import MESHES, MODELS
 
-REMATS, HOWS = ("none", "selective", "full", "every:2"), ("none", "step", "block")
+REMATS, HOWS = ("none", "gather", "selective", "full", "every:2"), ("none", "step", "block")
 Case = tuple[tuple[str, int], str, str, str]
 PLACES = [(name, world) for name, worlds in MESHES.items() for world in worlds]
 FULL: list[Case] = list(itertools.product(PLACES, MODELS, REMATS, HOWS))
@@ -219,7 +219,7 @@ def kept_by_a_layer(tensor: int, how: str) -> float:
     """Give what one layer of GPT-3's shape keeps for backward on one device, in bytes, divided by (tokens x embed / tensor)."""
     kept: list[int] = []
     for layers in (4, 8):
-        job, _ = preset_job("gpt3_175b", MeshShape(tensor=tensor), 1, 2048, layers=layers, compile=how)
+        job, _ = preset_job("gpt3_175b", MeshShape(tensor=tensor), 1, 2048, layers=layers, compile=how, remat="gather")
         records = planning.record(job)
         life = records.life(planning.record_gradient(job, layers))
         head = next(k.place for k in life.kernels if k.op.scope == "head")
@@ -240,7 +240,7 @@ def test_layers_keep_less_than_megatrons_formula_under_tensor_parallelism(tensor
 
 def test_communication_beside_products_is_told_apart() -> None:
     """Under tensor parallelism two gathers and two sums of a layer's backward each run beside a product; the forward's show."""
-    job, _ = preset_job("llama3_8b", MeshShape(tensor=2), 2, 8192, layers=2)
+    job, _ = preset_job("llama3_8b", MeshShape(tensor=2), 2, 8192, layers=2, remat="gather")
     trace = planning.record_gradient(job, 2)
     life = planning.record(job).life(trace)
     beside = [k.op for i, k in enumerate(life.kernels) if beside_product(life, i)]

@@ -84,8 +84,8 @@ def linear(
     """Multiply an activation by a weight at rest.
 
     In ``"BSF,DF->BRD"`` the shared letters (F) are contracted; if they are split over devices, the sum over those is taken on the way to
-    the result's layout (B R D). In ``"BRD,DF->BSF"`` the activation's split sequence (R) is gathered on the way in, and backward, which
-    keeps this device's part alone, gathers it again. The bias, of the result's new axes, is at rest too and whole or split like the
+    the result's layout (B R D). In ``"BRD,DF->BSF"`` the activation's split sequence (R) is gathered on the way in (`Parallel` says
+    whether it is kept so). The bias, of the result's new axes, is at rest too and whole or split like the
     result. A low-rank adapter adds its two thin products before that sum; what lies between them is gathered, not the activation.
     """
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
@@ -162,7 +162,7 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
 
 def _spread(par: Parallel, left: str, inside: str) -> Spread | None:
     """Tell how an activation that is kept in parts alone becomes whole; None where it is not split, or is gathered and kept."""
-    if left == inside or not par.regather:
+    if left == inside or not par.parts:
         return None
     dim = left.index("R")
     have, want = par.axes("R"), par.axes("S")

@@ -19,6 +19,7 @@ class Parallel:
 
     ``sizes`` maps logical axes to global sizes; ``reduce`` is the type of gradients on the wire. With ``regather`` a gathered weight is
     dropped after use and gathered again in backward; without, it is kept, as inside what is computed again in backward anyway.
+    With ``parts`` an activation that a product gathers is kept in parts, and gathered again in backward; without, it is kept whole.
     With ``late`` what backward gathers or computes again is made to wait for the gradient: a compiler that cuts forward from backward
     would else do it ahead, and keep it. With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers
     must be on one host. With ``fp8`` the layers' projections are multiplied in 8 bits.
@@ -29,6 +30,7 @@ class Parallel:
     sizes: Mapping[str, int]
     reduce: torch.dtype = torch.float32
     regather: bool = True
+    parts: bool = False
     late: bool = False
     engine: bool = False
     fp8: bool = False

@@ -34,24 +34,29 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Remat:
-    """Which layers are computed again in backward: none, the insides of all (selective), all (full), or every n-th."""
+    """Which layers are computed again in backward: none, the insides of all (selective), all (full), or every n-th.
+
+    With gather, what products gather of the sequence is gathered again; with selective too.
+    """
 
     kind: str
     every: int = 1
 
 
 def parse_remat(text: str) -> Remat:
-    """Read none, selective, full or every:N."""
+    """Read none, gather, selective, full or every:N."""
     kind, _, number = text.partition(":")
-    if text in ("none", "selective", "full"):
+    if text in ("none", "gather", "selective", "full"):
         return Remat(text)
     if kind == "every" and number.isdigit() and int(number) > 0:
         return Remat("full", int(number))
-    raise UserError(f"remat is {text!r}: expected none, selective, full or every:N (each N-th layer in full, N at least 1).")
+    raise UserError(f"remat is {text!r}: expected none, gather, selective, full or every:N (each N-th layer in full, N at least 1).")
 
 
 def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[Any, Any]:
     """Make the block of a layer's configuration, and the one that is computed again in backward, as ``again`` says."""
+
+    par = replace(par, parts=again.kind in ("gather", "selective"))
 
     def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
         return model.block(layer, par, p, x, stream)

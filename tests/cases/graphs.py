@@ -53,13 +53,13 @@ def counts(table: str, world: int, model: str = "llama", remat: str = "none", ho
     return {**{kind: found[kind] for kind in KINDS}, "graphs": graphs}
 
 
-def run_gradient(table: str, world: int, model: str, remat: str, how: str, backend: Any, keeping: bool = False) -> None:
-    """Compute one micro-batch's gradient. ``keeping`` keeps what would be gathered again."""
+def run_gradient(table: str, world: int, model: str, remat: str, how: str, backend: Any) -> None:
+    """Compute one micro-batch's gradient."""
     config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     par = parallel(config, rules, shape, BATCH // rows, precision)
     specs = decoder.specs(config)
-    loss = make_loss(decoder, config, par.keeping() if keeping else par, precision, parse_remat(remat), backend if how == "block" else None)
+    loss = make_loss(decoder, config, par, precision, parse_remat(remat), backend if how == "block" else None)
     params = tree.map(to_local, init(specs, rules, par.mesh, 0, precision.param))
     params = gather_weights(par, tree.map(lambda s: s.axes, specs), params, precision.compute)
     data = {k: v if k == "slots" else v[0] for k, v in batch(par, config, 0, BATCH // rows, False).items()}
@@ -67,7 +67,7 @@ def run_gradient(table: str, world: int, model: str, remat: str, how: str, backe
     value_and_grad(loss, how, backend)(params, data, torch.tensor(1.0, dtype=torch.float64))
 
 
-def kept(table: str, world: int, how: str, keeping: bool) -> int:
+def kept(table: str, world: int, how: str, remat: str) -> int:
     """Measure the bytes that the head finds in memory and that backward reads: in eager mode all it finds."""
     found: list[int] = []
     usual = decoder.head
@@ -89,10 +89,10 @@ def kept(table: str, world: int, how: str, keeping: bool) -> int:
     if how == "none":
         decoder.head = measured
         with alive:
-            run_gradient(table, world, "llama", "none", how, None, keeping)
+            run_gradient(table, world, "llama", remat, how, None)
         decoder.head = usual
     else:
-        run_gradient(table, world, "llama", "none", how, aot_autograd(fw_compiler=run), keeping)
+        run_gradient(table, world, "llama", remat, how, aot_autograd(fw_compiler=run))
     (total,) = found
     return total
 
@@ -111,11 +111,11 @@ def order_of_backward(table: str, world: int) -> list[str]:
                 names.append(kinds[name])
         return make_boxed_func(graph.forward)
 
-    run_gradient(table, world, "llama", "none", "step", aot_autograd(fw_compiler=note))
+    run_gradient(table, world, "llama", "gather", "step", aot_autograd(fw_compiler=note))
     return names
 
 
-def gathers_of_a_block(table: str, world: int) -> list[int]:
+def gathers_of_a_block(table: str, world: int, remat: str = "none") -> list[int]:
     """Count the gathers in the forward and in the backward graph of a compiled layer, cut by the partitioner that inductor uses."""
     found: dict[str, int] = {}
 
@@ -128,7 +128,7 @@ def gathers_of_a_block(table: str, world: int) -> list[int]:
 
     cut = min_cut_rematerialization_partition
     backend = aot_autograd(fw_compiler=counted("forward"), bw_compiler=counted("backward"), partition_fn=cut)
-    run_gradient(table, world, "llama", "none", "block", backend)
+    run_gradient(table, world, "llama", remat, "block", backend)
     return [found["forward"], found["backward"]]
 
 
