@@ -87,7 +87,7 @@ BAD = {
     "rules": (["tiny", "--rules", "fdsp"], "Did you mean 'fsdp'"),
     "world": (["tiny", "--mesh.tensor", "2"], "needs 2 devices, but 1 process runs"),
     "impl": (["tiny", "--model.attention-impl", "cudnn"], "needs a CUDA device, not cpu"),
-    "remat": (["tiny", "--remat", "some"], "expected none, selective, full or every:N"),
+    "remat": (["tiny", "--remat", "some"], "expected none, gather, selective, full or every:N"),
     "heads": (["tiny", "--model.heads", "6", "--model.kv-heads", "4"], "model.heads 6 does not divide"),
     "clip": (["tiny", "--optim.clip", "-1"], "optim.clip is -1.0"),
     "micro": (["tiny", "--train.micro-batch-size", "0"], "micro-batch-size is 0"),

@@ -41,7 +41,7 @@ class PlanSettings:
     packed: bool = False
     """Rows hold several documents that attention keeps apart, as experiments/finetune.py packs them."""
     remat: str = "none"
-    """What is computed again in backward: none, selective, full, or every:N."""
+    """What is computed again in backward: none, gather, selective, full, or every:N."""
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     """Schedule, micro-batches and stages where the mesh has pipe."""
     train: TrainSettings = field(default_factory=TrainSettings)

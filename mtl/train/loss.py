@@ -55,7 +55,6 @@ def parse_remat(text: str) -> Remat:
 
 def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[Any, Any]:
     """Make the block of a layer's configuration, and the one that is computed again in backward, as ``again`` says."""
-
     par = replace(par, parts=again.kind in ("gather", "selective"))
 
     def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
