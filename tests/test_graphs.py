@@ -85,6 +85,12 @@ def test_tensor_parallel_layers_keep_parts_alone(ranks: Ranks, how: str) -> None
     assert whole - parts == LAYERS * 2 * BATCH * SEQ * 32 * 8 // 2
 
 
+def test_gradients_of_weights_are_made_where_their_layers_are(ranks: Ranks) -> None:
+    """After the last attention's backward one layer's products of query, key and value are left; inductor by itself leaves most."""
+    ours, theirs = (ranks.run("tests.cases.graphs:weights_at_the_end", 2, table="tensor", world=2, chosen=c) for c in (True, False))
+    assert ours <= 6 < theirs
+
+
 def test_compiled_blocks_gather_again_in_their_backward(ranks: Ranks) -> None:
     """Their sum would be the same if the partitioner gathered ahead and kept what is gathered."""
     assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="fsdp", world=2) == [TRIPS, TRIPS]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor import config as inductor_config
+from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch.fx import Interpreter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,7 @@ from mtl import tree
 from mtl.models import decoder
 from mtl.params import init
 from mtl.precision import PRECISIONS
+from mtl.runtime import overlap
 from mtl.sharding.shard_map import to_local
 from mtl.train.gradient import gather_weights, value_and_grad
 from mtl.train.loss import make_loss, parse_remat
@@ -130,6 +133,23 @@ def gathers_of_a_block(table: str, world: int, remat: str = "none") -> list[int]
     backend = aot_autograd(fw_compiler=counted("forward"), bw_compiler=counted("backward"), partition_fn=cut)
     run_gradient(table, world, "llama", remat, "block", backend)
     return [found["forward"], found["backward"]]
+
+
+def weights_at_the_end(table: str, world: int, chosen: bool) -> int:
+    """Count the products after the last attention of backward once inductor's passes ran, with the step's options or with inductor's."""
+    found: list[int] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        options = {k: v for k, v in overlap.options().items() if chosen or k == "post_grad_custom_post_pass"}
+        with inductor_config.patch(options):
+            post_grad_passes(graph, is_inference=True)
+        names = [_name(node) for node in graph.graph.nodes]
+        last = max(i for i, name in enumerate(names) if "attention" in name)
+        found.append(names[last:].count("mm"))
+        return make_boxed_func(graph.forward)
+
+    run_gradient(table, world, "llama", "none", "step", aot_autograd(fw_compiler=count))
+    return found[0]
 
 
 class _Alive(TorchDispatchMode):
