@@ -150,7 +150,7 @@ class Experiment:
     compile: Literal["auto", "none", "block", "step"] = "auto"
     """auto compiles the whole step on CUDA devices, nothing elsewhere."""
     remat: str = "none"
-    """What is computed again in backward: none, gather, selective, full, every:N, or auto[:100GiB, :80%]: the least that fits by its plan."""
+    """What is computed again in backward: none, gather, selective, full, every:N, or auto[:100GiB, :80%]: the least that fits by plan."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """The run folder; by default runs/PRESET-TIME."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
