@@ -75,7 +75,7 @@ def test_inputs_of_tensor_parallel_products_may_be_gathered_again(ranks: Ranks, 
     """Each layer's first products once more; a layer that is computed again does so there, and keeps them till its end."""
     plain, found = counts(ranks, "tensor"), counts(ranks, "tensor", remat=remat)
     assert found["all_gather"] == plain["all_gather"] + 2 * LAYERS
-    assert found["mm"] == plain["mm"] or remat == "full", "gathering again must not multiply again"
+    assert found["mm"] <= plain["mm"] or remat == "full", "gathering again must not multiply again"
 
 
 @pytest.mark.parametrize("how", ["none", "step"])

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._guards import detect_fake_mode
 from torch._inductor import config as inductor_config
 from torch._inductor.fx_passes.post_grad import post_grad_passes
+from torch._inductor.virtualized import V
 from torch.fx import Interpreter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,9 +141,9 @@ def weights_at_the_end(table: str, world: int, chosen: bool) -> int:
     """Count the products after the last attention of backward once inductor's passes ran, with the step's options or with inductor's."""
     found: list[int] = []
 
-    def count(graph: Any, _: Any) -> Any:
+    def count(graph: Any, inputs: Any) -> Any:
         options = {k: v for k, v in overlap.options().items() if chosen or k == "post_grad_custom_post_pass"}
-        with inductor_config.patch(options):
+        with V.set_fake_mode(detect_fake_mode(inputs)), inductor_config.patch(options):
             post_grad_passes(graph, is_inference=True)
         names = [_name(node) for node in graph.graph.nodes]
         last = max(i for i, name in enumerate(names) if "attention" in name)
