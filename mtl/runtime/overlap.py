@@ -54,11 +54,7 @@ def _delay(end: Node, later: Node, order: dict[Node, int]) -> None:
 
 
 def options() -> dict[str, Any]:
-    """Give inductor's options that run the pass, and keep the order it chose.
-
-    Inductor's own search for locality moves what is made to where it is first read. Gradients are read at a step's end: there it would take
-    all products and waits that make them, and keep all that they read until then.
-    """
+    """Give inductor's options that run the pass, and keep the order it chose."""
     base: Any = importlib.import_module("torch._inductor.custom_graph_pass").CustomGraphPass
 
     class Pass(base):
@@ -70,7 +66,7 @@ def options() -> dict[str, Any]:
         def uuid(self) -> str:
             return f"mtl.overlap.2.{DISTANCE}"
 
-    return {"post_grad_custom_post_pass": Pass(), "reorder_for_peak_memory": False, "reorder_for_locality": False}
+    return {"post_grad_custom_post_pass": Pass(), "reorder_for_peak_memory": False}
 
 
 def _order(graph: Graph) -> dict[Node, int]:

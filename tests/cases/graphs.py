@@ -20,7 +20,7 @@ from mtl import tree
 from mtl.models import decoder
 from mtl.params import init
 from mtl.precision import PRECISIONS
-from mtl.runtime import overlap
+from mtl.runtime.compile import inductor_options
 from mtl.sharding.shard_map import to_local
 from mtl.train.gradient import gather_weights, value_and_grad
 from mtl.train.loss import make_loss, parse_remat
@@ -142,7 +142,7 @@ def weights_at_the_end(table: str, world: int, chosen: bool) -> int:
     found: list[int] = []
 
     def count(graph: Any, inputs: Any) -> Any:
-        options = {k: v for k, v in overlap.options().items() if chosen or k == "post_grad_custom_post_pass"}
+        options = inductor_options("inductor", world, "cuda", True) if chosen else {}
         with V.set_fake_mode(detect_fake_mode(inputs)), inductor_config.patch(options):
             post_grad_passes(graph, is_inference=True)
         names = [_name(node) for node in graph.graph.nodes]
