@@ -220,8 +220,8 @@ def kept_by_a_layer(tensor: int, how: str) -> float:
     kept: list[int] = []
     for layers in (4, 8):
         job, _ = preset_job("gpt3_175b", MeshShape(tensor=tensor), 1, 2048, layers=layers, compile=how, remat="gather")
-        records = planning.record(job)
-        life = records.life(planning.record_gradient(job, layers))
+        records = recording.record(job)
+        life = records.life(recording.record_gradient(job, layers))
         head = next(k.place for k in life.kernels if k.op.scope == "head")
         kept.append(life.alive(head)["activations"])
     return (kept[1] - kept[0]) / 4 / (2048 * 12288 / tensor)
@@ -241,8 +241,8 @@ def test_layers_keep_less_than_megatrons_formula_under_tensor_parallelism(tensor
 def test_communication_beside_products_is_told_apart() -> None:
     """Under tensor parallelism two gathers and two sums of a layer's backward each run beside a product; the forward's show."""
     job, _ = preset_job("llama3_8b", MeshShape(tensor=2), 2, 8192, layers=2, remat="gather")
-    trace = planning.record_gradient(job, 2)
-    life = planning.record(job).life(trace)
+    trace = recording.record_gradient(job, 2)
+    life = recording.record(job).life(trace)
     beside = [k.op for i, k in enumerate(life.kernels) if beside_product(life, i)]
     assert sorted(op.name for op in beside) == ["all_gather_into_tensor"] * 4 + ["all_to_all_single"] * 4
     assert {op.scope for op in beside} == {"backward"}
