@@ -99,8 +99,11 @@ class Keeper:
         self._error: Exception | None = None
         self._saved_at = time.monotonic()
 
-    def begin(self, steps: Sequence[int], resume: str, abstract: Callable[[], Any], fresh: Callable[[], Any]) -> Any:
-        """Restore the newest good step, or make a fresh state."""
+    def begin(
+        self, steps: Sequence[int], resume: str, abstract: Callable[[], Any], fresh: Callable[[], Any],
+        place: Callable[[Any], Any] = lambda state: state,
+    ) -> Any:  # fmt: skip
+        """Restore the newest good step and ``place`` its state where it rests, or make a fresh state."""
         problems: list[str] = []
         for step in reversed(steps):
             try:
@@ -111,6 +114,7 @@ class Keeper:
                 problems.append(str(problem))
                 self._warn(f"step {step} is damaged: {problem}")
                 continue
+            state = place(state)
             self._go_on(contents, state)
             return state
         if problems:

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 import sharding_rules
-from experiments import checkpoints, foretold, initial, pipelining, planning, reading, remat_choice, watching
+from experiments import checkpoints, foretold, initial, pipelining, planning, reading, remat_choice, resting, watching
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
@@ -43,7 +43,6 @@ from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules, check_mesh
 from mtl.train.loop import fit
-from mtl.train.loss import parse_remat
 from mtl.train.pipelined import Pipeline
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
 from mtl.train.state import abstract_state, init_state
@@ -176,7 +175,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     make_step_options(setup, precision, device)
     checkpoints.check(setup.checkpoint)
     pipelining.plan(setup, shape)
-    parse_remat("none" if remat_choice.is_auto(setup.remat) else setup.remat)
+    resting.check(setup, shape)
     make_optimizer(setup)
     one = torch.empty(1, 1, 1, 1, dtype=precision.compute, device=device)
     length = train.seq_len // (split * pieces) if split > 1 else train.seq_len
@@ -188,7 +187,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
 def make_step_options(setup: Experiment, precision: Precision, device: torch.device) -> StepOptions:
     """Say how the step runs."""
     how = setup.compile if setup.compile != "auto" else ("step" if device.type == "cuda" else "none")
-    return StepOptions(precision, setup.remat, how, "inductor", setup.optim.clip, setup.train.seed)
+    return StepOptions(precision, setup.remat, how, "inductor", setup.optim.clip, setup.train.seed, offload=setup.offload)
 
 
 def make_optimizer(setup: Experiment) -> tuple[Optimizer, Schedule]:
@@ -230,10 +229,10 @@ def run(
     step = by_length(par, lambda p: pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned))
     keeper.extra = work.beside
     plan = foretold.foretell(setup, shape, par, options, at.device, at.rank == 0, lambda: packed(work, setup))
+    rest = resting.Rest(setup.offload, specs, par.mesh, precision)
     state = keeper.begin(
-        steps, setup.resume,
-        lambda: abstract_state(specs, rules, par.mesh, precision, optimizer),
-        lambda: tuned.begin(fresh, work.begin)(specs=specs, rules=rules, mesh=par.mesh, precision=precision, optimizer=optimizer),
+        steps, setup.resume, lambda: abstract_state(specs, rules, par.mesh, precision, optimizer),
+        lambda: rest.fresh(tuned.begin(fresh, work.begin), rules, optimizer), rest.restored,
     )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
     log = RunLog(folder, at.rank == 0, train.steps, wandb and wandb | {"id": keeper.run_id, "resume": "allow"}, keeper.first)
@@ -250,7 +249,7 @@ def run(
     hooks = [
         measured(setup, at, length),
         reading.counted(work, taken, batch),
-        evaluated(setup, par, precision, work, pipeline, tuned),
+        evaluated(setup, par, precision, work, pipeline, tuned, rest),
         plan.hook(train.steps, log),
         watching.compiling(log),
         lambda i, state, record: log.write(tidy(record)),
@@ -261,7 +260,7 @@ def run(
         hooks += watching.profiled(setup, at, folder, f"{preset}, {precision.name}, mesh {shape}, rules {rules.name}", keeper.first, log)
         state = fit(state, step, batch, range(keeper.first, train.steps), [keeper.step_done, *hooks, keeper.save_if_due])
         keeper.finish()
-        text = sample(setup, par, precision, state.params, work, tuned) if train.steps else ""
+        text = sample(setup, par, precision, rest.usable(state.params), work, tuned) if train.steps else ""
     finally:
         keeper.settle()
         batch.close()
@@ -322,7 +321,7 @@ def measured(setup: Experiment, at: process.Place, length: Callable[[int], int])
 
 
 def evaluated(
-    setup: Experiment, par: Parallel, precision: Precision, work: Work, pipeline: Pipeline | None, tuned: Tuning
+    setup: Experiment, par: Parallel, precision: Precision, work: Work, pipeline: Pipeline | None, tuned: Tuning, rest: resting.Rest
 ) -> Callable[[int, Any, dict[str, Any]], None]:
     """Make the hook that evaluates every so many steps and at the end."""
     train = setup.train
@@ -334,7 +333,8 @@ def evaluated(
     shape = BatchShape(rows, micro_batch(setup), train.seq_len)
 
     def loss_on(found: Samples, weights: Any) -> float:
-        return evaluate(tuned.params(weights), (batch_at(par, found, n * rows, shape, precision.param, samples) for n in range(count)))
+        batches = (batch_at(par, found, n * rows, shape, precision.param, samples) for n in range(count))
+        return evaluate(tuned.params(rest.usable(weights)), batches)
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         if held_out is not None and (i == train.steps or (train.eval_every and i % train.eval_every == 0)):

@@ -23,8 +23,9 @@ from mtl.sharding.layout import box
 from mtl.sharding.mesh import MeshShape
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules
+from mtl.train import offload
 from mtl.train.gradient import gather_weights, value_and_grad
-from mtl.train.loss import make_loss, parse_remat
+from mtl.train.loss import make_loss
 from mtl.train.state import TrainState
 from mtl.train.step import StepOptions, loss_scale, make_update
 
@@ -102,12 +103,20 @@ def record(job: Job, device: int = 0) -> Records:
         if par.rules.gather == "step":
             grads = local_params(job, job.config, par, "compute", make)
             held["gathered weights"] = nbytes(grads)
+        host, streamed = 0, 0
+        if offload.optimizer_state(job.options.offload):
+            moments = [x for x in tree.leaves(state.opt_state["optimizer"]) if x.dim()]
+            rest["weights"], whole = nbytes(in_use(job, job.config, state.params, make)), rest["weights"]
+            rest["optimizer"] -= nbytes(moments)
+            away = zip(tree.leaves(decoder.specs(job.config)), tree.leaves(state.params), strict=True)
+            host = nbytes(moments) + sum(nbytes(p) for spec, p in away if offload.leaves_device(spec, precision))
+            streamed = 4 * (whole + nbytes(moments)) // offload.chunks(state.params)  # two chunks come, two leave
         summed = nbytes(tree.map(lambda g: make(g.shape, torch.promote_types(g.dtype, par.reduce)), grads))
     if job.engine:
         rest["transfer slots"] = copy_engine.room(slots(few, more))
     return Records(
         record_gather(job, device), few, more, rounds, record_update(job, device), job.micro_batches, job.options.compile,
-        job.kind != "cpu", job.mesh, str(precision.compute).removeprefix("torch."), rest, held, summed,
+        job.kind != "cpu", job.mesh, str(precision.compute).removeprefix("torch."), rest, held, summed, host, streamed,
     )  # fmt: skip
 
 
@@ -119,7 +128,7 @@ def slots(*traces: Trace) -> list[tuple[str, str, int]]:
 
 def repeat(job: Job) -> int:
     """Find after how many layers they repeat: by what is computed again, and by what each layer's attention sees."""
-    layers, every = job.config.layers, parse_remat(job.options.remat).every
+    layers, every = job.config.layers, job.options.again().every
     kinds = [(decoder.at_layer(job.config, i).window, i % every == 0) for i in range(layers)]
     return next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i + p] for i in range(layers - p)))
 
@@ -137,17 +146,20 @@ def record_gradient(job: Job, layers: int, device: int = 0) -> Trace:
     recorder = Recorder()
     model: Any = Watched(recorder)
     with world(job.kind) as make:
-        loss = make_loss(model, config, par, precision, parse_remat(job.options.remat))
+        loss = make_loss(model, config, par, precision, job.options.again())
 
         def watched(weights: Any, batch: Any) -> Any:
             out = loss(weights, batch)
             recorder.scope = "backward"
             return out
 
-        weights = local_params(job, config, par, "compute" if par.rules.gather == "step" else "store", make)
+        each = par.rules.gather == "step"
+        weights = in_use(job, config, local_params(job, config, par, "compute" if each else "store", make), make)
         batch = local_batch(job, par, make)
         scale = make((), precision.param)
-        gradient = value_and_grad(watched, "block" if job.options.compile == "block" else "none", None)
+        gradient = value_and_grad(
+            watched, "block" if job.options.compile == "block" else "none", None, rest=None if each else precision.param
+        )
         with recorder:
             recorder.label("weights", weights)
             recorder.label("batch", {**batch, "scale": scale})
@@ -210,6 +222,16 @@ def local_params(job: Job, config: decoder.Config, par: Parallel, table: str, ma
         return make(shape, dtype)
 
     return tree.map(one, specs, layouts(specs, job.rules, job.mesh, table))
+
+
+def in_use(job: Job, config: decoder.Config, weights: Any, make: Any) -> Any:
+    """Give weights at rest in the types that the loss takes them in, without memory: masters in host memory leave narrower ones."""
+    precision = job.options.precision
+    if not offload.optimizer_state(job.options.offload):
+        return weights
+    return tree.map(
+        lambda spec, p: make(p.shape, precision.compute) if offload.leaves_device(spec, precision) else p, decoder.specs(config), weights
+    )
 
 
 def local_state(job: Job, par: Parallel, make: Any) -> TrainState:

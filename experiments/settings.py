@@ -151,6 +151,9 @@ class Experiment:
     """auto compiles the whole step on CUDA devices, nothing elsewhere."""
     remat: str = "none"
     """What is computed again in backward: none, gather, selective, full, every:N, or auto[:100GiB, :80%]: the least that fits by plan."""
+    offload: Literal["none", "activations", "optimizer", "both"] = "none"
+    """What is kept in host memory: inputs of the layers that are computed again in backward (activations), optimizer state and master
+    weights (optimizer), or both. No number changes."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """The run folder; by default runs/PRESET-TIME."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0

@@ -74,7 +74,12 @@ def abstract(specs: tree.Tree, dtype: torch.dtype) -> tree.Tree:
 
 def in_type(specs: tree.Tree, params: tree.Tree, dtype: torch.dtype) -> tree.Tree:
     """Bring weights of products to the type that they are used in, once; what computes in a wider type (norms) stays as it is."""
-    return tree.map(lambda s, p: p.to(dtype) if len(s.axes.replace("L", "")) > 1 else p, specs, params)
+    return tree.map(lambda s, p: p.to(dtype) if is_product(s) else p, specs, params)
+
+
+def is_product(spec: ParamSpec) -> bool:
+    """Tell whether a parameter is a weight of products, used in their type; what is not (norms, biases) computes in a wider one."""
+    return len(spec.axes.replace("L", "")) > 1
 
 
 def count(specs: tree.Tree) -> int:

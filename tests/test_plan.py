@@ -248,6 +248,25 @@ def test_communication_beside_products_is_told_apart() -> None:
     assert {op.scope for op in beside} == {"backward"}
 
 
+@pytest.mark.parametrize("layers", [3, 8])
+def test_offload_by_hand(layers: int) -> None:
+    """On the host: 12 bytes a parameter (8 of a norm's) and the inputs of layers but the last; on the device 2 bytes (4 of a norm's)."""
+    found = {}
+    for kind in ("none", "both"):
+        job, _ = preset_job("llama_1b", MeshShape(), 2, 4096, layers=layers, remat="full", compile="step", offload=kind)
+        records = planning.record(job)
+        found[kind] = (records, memory(records))
+    norms, sizes = (2 * layers + 1) * 2048, job.config
+    assert not sizes.tied
+    layer = 2048 * (2 * sizes.heads + 2 * sizes.kv_heads) * sizes.head_size + 3 * 2048 * sizes.mlp
+    products = layers * layer + 2 * sizes.vocab * 2048
+    records, planned = found["both"]
+    assert records.rest["weights"] == 2 * products + 4 * norms
+    assert planned.host == 12 * products + 8 * norms + (layers - 1) * 2 * 4096 * 2048 * 2
+    assert found["none"][1].host == 0
+    assert planned.peak < found["none"][1].peak
+
+
 MEASURED = [  # preset, mesh, batch, tokens, layers, GiB and ms of docs/benchmarks.md
     ("llama3_8b", MeshShape(), 2, 4096, 4, 30.13, 134),
     ("llama3_8b", MeshShape(), 2, 8192, 4, 35.95, 268),

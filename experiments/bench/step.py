@@ -11,13 +11,14 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
-from experiments import pretrain, remat_choice
+from experiments import pretrain, remat_choice, resting
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment, MeshSettings
@@ -51,6 +52,8 @@ class Bench:
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     remat: str = "none"
+    offload: Literal["none", "activations", "optimizer", "both"] = "none"
+    """What is kept in host memory."""
     reduce: Literal["float32", "bfloat16"] = "float32"
     """The type in which gradients are summed over devices."""
     overlap: bool = True
@@ -111,7 +114,7 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         raise unknown("preset", bench.preset, PRESETS)
     preset = PRESETS[bench.preset]
     model = dataclasses.replace(preset.model, layers=bench.layers or preset.model.layers, attention_impl=bench.attention)
-    setup = dataclasses.replace(preset, model=model, mesh=bench.mesh, rules=bench.rules, remat=bench.remat)
+    setup = dataclasses.replace(preset, model=model, mesh=bench.mesh, rules=bench.rules, remat=bench.remat, offload=bench.offload)
     setup = dataclasses.replace(setup, precision=bench.precision, transport=bench.transport)
     rules, shape = pretrain.choose_layout(setup, at.world)
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
@@ -134,7 +137,7 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         rate = schedule("constant", bench.lr, 1000, 5)
         options = pretrain.make_step_options(setup, precision, at.device)
         step = make_step(decoder, model, par, optimizer, rate, dataclasses.replace(options, overlap=bench.overlap))
-        state = init_state(specs, rules, par.mesh, bench.seed, precision, optimizer)
+        state = resting.Rest(bench.offload, specs, par.mesh, precision).fresh(partial(init_state, seed=bench.seed), rules, optimizer)
         samples = (
             Windows(python_text()[0], bench.seed, "train")
             if bench.text
@@ -181,7 +184,7 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
         share = "" if mfu[0] is None else f"  causal MFU {mfu[0]:.1%}"
         print(
             f"{bench.preset} x{setup.model.layers} {chosen} seq {bench.seq_len} x {bench.micro_batch_size} {bench.precision} "
-            f"compile {bench.compile} remat {bench.remat} {'engine' if engine else 'nccl'} reduce {bench.reduce}: "
+            f"compile {bench.compile} remat {setup.remat} offload {bench.offload} {'engine' if engine else 'nccl'} reduce {bench.reduce}: "
             f"first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  "
             f"{speed:,.0f} tokens/s/device{share}  peak {found['peak_memory_gib']} GiB  loss {losses[0]:.4f} -> {losses[-1]:.4f}",
             flush=True,

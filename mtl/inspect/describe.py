@@ -63,7 +63,8 @@ def memory_lines(plan: Plan) -> list[str]:
     for part, count in plan.memory.parts.items():
         lines.append(f"  {part:18}{size(count):>12}  {'#' * round(40 * count / peak)}")
     room = "" if plan.capacity is None else f" of {size(plan.capacity)}" + ("" if plan.fits else ": DOES NOT FIT")
-    return [*lines, f"  {'peak':18}{size(plan.memory.peak):>12}{room}, at: {plan.memory.when}"]
+    host = [f"  {'in host memory':18}{size(plan.memory.host):>12}"] if plan.memory.host else []
+    return [*lines, f"  {'peak':18}{size(plan.memory.peak):>12}{room}, at: {plan.memory.when}", *host]
 
 
 def pipeline_lines(plan: Plan) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 MATMULS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "head_logits", "head_pull_")
 REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "logsumexp", "var_mean", "native_layer_norm", "native_layer_norm_backward", "prod")
 OPAQUE = (
+    "park", "unpark",
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",
     "scatter", "cumsum", "sort", "engine_collect",
 )  # fmt: skip

@@ -45,6 +45,10 @@ class Records:
     held: Mapping[str, int]
     summed: int
     """Bytes of the sum of gradients, where several micro-batches are added up."""
+    host: int = 0
+    """Bytes of the state that rest in host memory."""
+    streamed: int = 0
+    """Bytes of that state on the device at once while it is updated."""
 
     def counts(self) -> dict[str, Counts]:
         """Count each part of a step: what happens once before, the gradients of all micro-batches, the update."""
@@ -80,6 +84,8 @@ class Memory:
 
     parts: Mapping[str, int]
     when: str
+    host: int = 0
+    """Bytes in host memory: of state and of activations that wait there."""
 
     @property
     def peak(self) -> int:
@@ -177,6 +183,7 @@ class Plan:
             "memory": {
                 **self.memory.parts,
                 "peak": self.memory.peak,
+                "host": self.memory.host,
                 "when": self.memory.when,
                 "capacity": self.capacity,
                 "fits": self.fits,
@@ -221,8 +228,10 @@ def memory(records: Records, workspace: int = 0) -> Memory:
     update = records.life(records.update)
     if update.kernels:
         during, when = update_memory(records.update, update)
+        during["workspace"] += records.streamed
         best = max(best, _phase(records, during, when), key=lambda found: found[0])
-    return Memory(known_parts(best[1], workspace), best[2])
+    parked = [sum(trace.parked.values()) for trace in (records.few, records.more)]
+    return Memory(known_parts(best[1], workspace), best[2], records.host + parked[0] + records.rounds * (parked[1] - parked[0]))
 
 
 def update_memory(trace: Trace, life: Life) -> tuple[dict[str, int], str]:

@@ -55,13 +55,17 @@ class Op:
 
 @dataclass
 class Trace:
-    """What was recorded: operations in order, the bytes of every buffer, and after which operation each was given up."""
+    """What was recorded: operations in order, the bytes of every buffer, and after which operation each was given up.
+
+    ``parked`` are the bytes of buffers in host memory, which take none on the device.
+    """
 
     ops: list[Op] = field(default_factory=list[Op])
     sizes: dict[int, int] = field(default_factory=dict[int, int])
     freed: dict[int, int] = field(default_factory=dict[int, int])
     inputs: dict[int, str] = field(default_factory=dict[int, str])
     outputs: dict[int, str] = field(default_factory=dict[int, str])
+    parked: dict[int, int] = field(default_factory=dict[int, int])
 
 
 class Recorder(TorchDispatchMode):
@@ -126,6 +130,9 @@ class Recorder(TorchDispatchMode):
             self._alias(results[0], reads[0])
         numbered = [self.buffer(x) for x in results]
         makes = tuple(dict.fromkeys(i for i, new in numbered if new))
+        if name == "park":
+            self.trace.parked |= {i: self.trace.sizes[i] for i in makes}
+            self.trace.sizes |= dict.fromkeys(makes, 0)
         kind = kind_of(name, bool(makes))
         mutable = func._schema.is_mutable
         writes = tuple(i for i, new in numbered if not new) if mutable else ()

@@ -1,6 +1,6 @@
 """Rematerialisation that torch.func and the compiler keep: save the inputs, run the function again for its pullback."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,19 +8,25 @@ from torch.autograd import Function
 from torch.func import vjp
 
 from mtl import tree
+from mtl.kernels.host_copy import park, unpark
 from mtl.ops.late import after
 
 
-def remat(fn: Callable[..., Tensor], late: bool = False) -> Callable[..., Tensor]:
+def remat(fn: Callable[..., Tensor], late: bool = False, away: int | None = None) -> Callable[..., Tensor]:
     """Wrap a function of trees of tensors (one result) so that its intermediate values are computed again in backward.
 
     Collectives inside are issued again too. The function must not close over tensors that need a gradient. ``late`` is for what a compiler
-    cuts into forward and backward by itself: it would else compute again in forward, and keep.
+    cuts into forward and backward by itself: it would else compute again in forward, and keep. Argument number ``away``, a tensor, waits
+    in host memory for backward.
     """
 
     def call(*args: Any) -> Tensor:
         leaves, structure = tree.flatten(args)
-        out = _Remat.apply(fn, structure, late, *leaves)
+        if away is None:
+            out = _Remat.apply(fn, structure, late, *leaves)
+        else:
+            place = len(tree.leaves(args[:away]))
+            out, _ = _RematAway.apply(fn, structure, place, *leaves)  # pyright: ignore
         assert isinstance(out, Tensor)
         return out
 
@@ -41,23 +47,50 @@ class _Remat(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        # Inside another remat saved tensors may be wrappers of a torch.func level that has ended: a view is not.
-        tensors = [x.view_as(x) for x in ctx.saved_tensors]
-        needed = [need for need, is_tensor in zip(ctx.needs_input_grad[3:], ctx.tensor, strict=True) if is_tensor]
-        wanted = [i for i, x in enumerate(tensors) if x.is_floating_point() and needed[i]]
-        if ctx.late:
-            tensors = [after(x, grad) if i in wanted else x for i, x in enumerate(tensors)]
+        return None, None, None, *_pull(ctx, list(ctx.saved_tensors), ctx.needs_input_grad[3:], grad, ctx.late)
 
-        def run(*floating: Tensor) -> Any:
-            values = list(tensors)
-            for i, x in zip(wanted, floating, strict=True):
-                values[i] = x
-            rest = iter(values)
-            leaves = [next(rest) if is_tensor else c for is_tensor, c in zip(ctx.tensor, ctx.constants, strict=True)]
-            return ctx.fn(*tree.unflatten(ctx.structure, leaves))
 
-        grads: list[Tensor | None] = [None] * len(tensors)
-        for i, g in zip(wanted, vjp(run, *(tensors[i] for i in wanted))[1](grad), strict=True):
-            grads[i] = g
-        given = iter(grads)
-        return None, None, None, *(next(given) if is_tensor else None for is_tensor in ctx.tensor)
+class _RematAway(Function):
+    """The same, but one input is kept in host memory; it is a result too, since only inputs and results can be saved."""
+
+    @staticmethod
+    def forward(fn: Any, structure: Any, away: int, *leaves: Any) -> Any:
+        return fn(*tree.unflatten(structure, leaves)), park(leaves[away])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.fn, ctx.structure, ctx.away = inputs[:3]
+        ctx.mark_non_differentiable(output[1])
+        leaves = (*inputs[3 : 3 + ctx.away], output[1], *inputs[4 + ctx.away :])
+        ctx.tensor = [isinstance(x, Tensor) for x in leaves]
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in leaves]
+        ctx.save_for_backward(*(x for x in leaves if isinstance(x, Tensor)))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        tensors, place = list(ctx.saved_tensors), sum(ctx.tensor[: ctx.away])
+        tensors[place] = unpark(tensors[place], grad.detach())
+        return None, None, None, *_pull(ctx, tensors, ctx.needs_input_grad[3:], grad)
+
+
+def _pull(ctx: Any, tensors: list[Tensor], needs: Sequence[bool], grad: Tensor, late: bool = False) -> list[Tensor | None]:
+    """Run the function again for its pullback: a gradient for each of its leaves."""
+    tensors = [x.view_as(x) for x in tensors]  # inside another remat these may be wrappers of a level that has ended: a view is not
+    needed = [need for need, is_tensor in zip(needs, ctx.tensor, strict=True) if is_tensor]
+    wanted = [i for i, x in enumerate(tensors) if x.is_floating_point() and needed[i]]
+    if late:
+        tensors = [after(x, grad) if i in wanted else x for i, x in enumerate(tensors)]
+
+    def run(*floating: Tensor) -> Any:
+        values = list(tensors)
+        for i, x in zip(wanted, floating, strict=True):
+            values[i] = x
+        rest = iter(values)
+        leaves = [next(rest) if is_tensor else c for is_tensor, c in zip(ctx.tensor, ctx.constants, strict=True)]
+        return ctx.fn(*tree.unflatten(ctx.structure, leaves))
+
+    grads: list[Tensor | None] = [None] * len(tensors)
+    for i, g in zip(wanted, vjp(run, *(tensors[i] for i in wanted))[1](grad), strict=True):
+        grads[i] = g
+    given = iter(grads)
+    return [next(given) if is_tensor else None for is_tensor in ctx.tensor]

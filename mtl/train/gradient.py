@@ -19,23 +19,27 @@ from mtl.train.loss import Batch, Loss
 Gradient = Callable[[tree.Tree, Batch, Tensor], tuple[tree.Tree, Tensor]]
 
 
-def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None) -> Gradient:
+def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None, rest: torch.dtype | None = None) -> Gradient:
     """Make ``gradient(params, batch, scale)``: gradients of scale times the loss, and this device's shares of
     the summed (loss, cross-entropy).
 
-    ``how`` is none (torch.func, eager), step (torch.func in one compiled graph) or block (autograd over compiled blocks).
+    ``how`` is none (torch.func, eager), step (torch.func in one compiled graph) or block (autograd over compiled blocks). Parameters that
+    come in a narrower type than the one they ``rest`` in are widened first: no value changes, and gradients are those of the type at rest.
     """
+
+    def widened(params: Any) -> Any:
+        return params if rest is None else tree.map(lambda p: p.to(rest), params)
 
     def scaled(params: Any, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
         value, entropy = loss(params, batch)
         return value * scale.to(value.dtype), torch.stack([value, entropy]).detach()
 
     def functional(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
-        grads, (_, shares) = grad_and_value(scaled, has_aux=True)(params, batch, scale)
+        grads, (_, shares) = grad_and_value(scaled, has_aux=True)(widened(params), batch, scale)
         return grads, shares
 
     def autograd(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
-        leaves, structure = tree.flatten(params)
+        leaves, structure = tree.flatten(widened(params))
         leaves = [x.detach().requires_grad_() for x in leaves]
         with torch.enable_grad():
             value, shares = scaled(tree.unflatten(structure, leaves), batch, scale)

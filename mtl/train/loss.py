@@ -36,25 +36,32 @@ class Model(Protocol):
 class Remat:
     """Which layers are computed again in backward: none, the insides of all (selective), all (full), or every n-th.
 
-    With gather, what products gather of the sequence is gathered again; with selective too.
+    With gather, what products gather of the sequence is gathered again; with selective too. With ``away`` the inputs of those that are
+    computed again wait in host memory, but for the last layer's, which is needed at once.
     """
 
     kind: str
     every: int = 1
+    away: bool = False
 
 
-def parse_remat(text: str) -> Remat:
-    """Read none, gather, selective, full or every:N."""
+def parse_remat(text: str, away: bool = False) -> Remat:
+    """Read none, gather, selective, full or every:N; ``away`` brings what layers keep to the host."""
     kind, _, number = text.partition(":")
+    if away and text in ("none", "gather", "selective"):
+        raise UserError(
+            f"offload of activations brings to the host what layers computed again in backward keep, their inputs, but remat is {text!r}, "
+            "which computes no whole layer again. Take --remat full or every:N."
+        )
     if text in ("none", "gather", "selective", "full"):
-        return Remat(text)
+        return Remat(text, away=away)
     if kind == "every" and number.isdigit() and int(number) > 0:
-        return Remat("full", int(number))
+        return Remat("full", int(number), away)
     raise UserError(f"remat is {text!r}: expected none, gather, selective, full or every:N (each N-th layer in full, N at least 1).")
 
 
-def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[Any, Any]:
-    """Make the block of a layer's configuration, and the one that is computed again in backward, as ``again`` says."""
+def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[Any, Any, Any]:
+    """Make the block of a layer's configuration, and as ``again`` says the one that is computed again, and that for the last layer."""
     par = replace(par, parts=again.kind in ("gather", "selective"))
 
     def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
@@ -67,7 +74,9 @@ def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[
         return model.block(layer, par.keeping(), p, x, stream)
 
     ordinary = selective if again.kind == "selective" else plain
-    return ordinary, remat(kept, par.late) if again.kind == "full" else ordinary
+    if again.kind != "full":
+        return ordinary, ordinary, ordinary
+    return ordinary, remat(kept, par.late, 1 if again.away else None), remat(kept, par.late)
 
 
 def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:
@@ -77,23 +86,23 @@ def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, ag
 
     inner = replace(par, late=backend is not None)
 
-    def runners(layer: Any) -> tuple[Any, Any]:
-        blocks = make_blocks(model, layer, inner, again)
-        return blocks if backend is None else (compiled(blocks[0], backend, blockwise=True), compiled(blocks[1], backend, blockwise=True))
+    def runner(layer: Any, which: int) -> Any:
+        block = make_blocks(model, layer, inner, again)[which]
+        return block if backend is None else compiled(block, backend, blockwise=True)
 
-    known: dict[Any, tuple[Any, Any]] = {}  # equal layers share one block, which is compiled once
+    known: dict[Any, Any] = {}  # equal layers share one block, which is compiled once
 
     def fold(params: Any, batch: Batch) -> Tensor:
         x, stream = model.embed(config, par, params, batch, precision.compute)
         pieces, structure = tree.flatten(params["layers"])
-        layers = zip(*(piece.unbind(0) for piece in pieces), strict=True)
+        layers, last = zip(*(piece.unbind(0) for piece in pieces), strict=True), pieces[0].shape[0] - 1
         for i, leaves in enumerate(layers):
-            layer = model.at_layer(config, i)
-            if layer not in known:
-                known[layer] = runners(layer)
-            run = known[layer][1 if i % again.every == 0 else 0]
+            which = 0 if i % again.every else 2 if again.away and i == last else 1
+            kind = model.at_layer(config, i), which
+            if kind not in known:
+                known[kind] = runner(*kind)
             extra = {"key": model.layer_key(stream["key"], i)} if "key" in stream else {}
-            x = run(tree.unflatten(structure, leaves), x, stream | extra)
+            x = known[kind](tree.unflatten(structure, leaves), x, stream | extra)
         return x
 
     return fold

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtl import random, tree
-from mtl.errors import unknown
+from mtl.errors import UserError, unknown
 from mtl.optim.schedules import Schedule
 from mtl.optim.transforms import Optimizer, clip
 from mtl.precision import Precision
@@ -16,8 +16,9 @@ from mtl.runtime.compile import compiled, inductor_options, update_options
 from mtl.sharding.collectives import psum
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
+from mtl.train import offload
 from mtl.train.gradient import accumulate, gather_weights, global_norm, reduce_gradients, value_and_grad
-from mtl.train.loss import Batch, Model, make_loss, parse_remat
+from mtl.train.loss import Batch, Model, Remat, make_loss, parse_remat
 from mtl.train.state import TrainState, next_scale
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
@@ -25,7 +26,9 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class StepOptions:
-    """How a step runs. remat, compile, backend and overlap change its speed and memory alone.
+    """How a step runs. remat, offload, compile, backend and overlap change its speed and memory alone.
+
+    ``offload`` (none, activations, optimizer or both) says what is kept in host memory.
 
     ``before_update`` is called once a step, before the state is written to.
     """
@@ -37,12 +40,20 @@ class StepOptions:
     clip: float = 1.0
     seed: int = 0
     overlap: bool = True
+    offload: str = "none"
     before_update: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse an unknown way to compile."""
         if self.compile not in ("none", "block", "step"):
             raise unknown("compile", self.compile, ("none", "block", "step"))
+        offload.check(self.offload)
+        if offload.activations(self.offload) and self.compile == "block":
+            raise UserError("offload of activations needs --compile step or none: a layer compiled alone keeps its input on the device.")
+
+    def again(self) -> Remat:
+        """Say what is computed again in backward, and where it waits."""
+        return parse_remat(self.remat, offload.activations(self.offload))
 
 
 def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, schedule: Schedule, options: StepOptions) -> Step:
@@ -51,20 +62,23 @@ def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, sc
     Where the loss or the gradient norm is not finite, the state stays as it was, and the metrics say so.
     """
     blocks = options.backend if options.compile == "block" else None
-    loss = make_loss(model, config, par, options.precision, parse_remat(options.remat), blocks)
+    loss = make_loss(model, config, par, options.precision, options.again(), blocks)
     settings = inductor_options(options.backend, par.mesh.shape.devices(), par.mesh.device_type, options.overlap)
-    gradient = value_and_grad(loss, options.compile, options.backend, settings)
-    letters = tree.map(lambda spec: spec.axes, model.specs(config))
-    finish = make_update(par, letters, optimizer, schedule, options)
-    update = compile_update(finish, optimizer, options)
+    specs = model.specs(config)
+    weights = offload.weights(specs, options.precision, par, options.offload)
+    rest = options.precision.param if weights is not None and par.rules.gather != "step" else None
+    gradient = value_and_grad(loss, options.compile, options.backend, settings, rest)
+    letters = tree.map(lambda spec: spec.axes, specs)
+    update = make_whole_update(par, letters, optimizer, schedule, options, weights)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         local = tree.map(to_local, state)
         with torch.no_grad():
             scale, count = loss_scale(par, local, batch)
             key = random.bits(random.key("dropout", options.seed), local.step)
-            weights = gather_weights(par, letters, local.params, options.precision.compute)
-            grads, shares = accumulate(gradient, weights, {**batch, "key": key}, scale, par.reduce)
+            held = local.params if weights is None else weights(local.params)
+            held = gather_weights(par, letters, held, options.precision.compute)
+            grads, shares = accumulate(gradient, held, {**batch, "key": key}, scale, par.reduce)
             options.before_update()
             metrics = update(local, grads, shares, scale * count, count)
         return state, metrics
@@ -80,33 +94,81 @@ def loss_scale(par: Parallel, state: TrainState, batch: Batch) -> tuple[Tensor, 
     return scale.to(count.dtype) / count, count
 
 
+def make_whole_update(
+    par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedule: Schedule, options: StepOptions, weights: offload.Weights | None
+) -> Any:
+    """Make the compiled second half of a step; with ``weights``, those the device holds, the state streams through it."""
+    if weights is None:
+        return compile_update(make_update(par, letters, optimizer, schedule, options), optimizer, options)
+    measure = make_measure(par, letters, schedule, options)
+    return make_streamed_update(
+        compiled(measure, options.backend, options=update_options(options.backend)) if options.compile != "none" else measure,
+        compile_update(make_apply(optimizer, options), optimizer, options), options, weights,
+    )  # fmt: skip
+
+
 def make_update(par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedule: Schedule, options: StepOptions) -> Any:
     """Make the second half of a step: from local gradients to the new state, written in place."""
+    measure, apply = make_measure(par, letters, schedule, options), make_apply(optimizer, options)
 
     def update(state: TrainState, grads: tree.Tree, shares: Tensor, scale: Tensor, count: Tensor) -> dict[str, Tensor]:
+        grads, found, after = measure(state, grads, shares, scale, count)
+        params, opt_state = apply(state.params, state.opt_state["optimizer"], grads, found)
+        write(state, TrainState(after[0], params, {"optimizer": opt_state, **after[1]}))
+        return found
+
+    return update
+
+
+def make_measure(par: Parallel, letters: tree.Tree, schedule: Schedule, options: StepOptions) -> Any:
+    """Make what comes before an update: gradients summed over devices, what a step tells, and (step, loss scale) after it."""
+
+    def measure(state: TrainState, grads: tree.Tree, shares: Tensor, scale: Tensor, count: Tensor) -> Any:
         grads = reduce_gradients(par, letters, grads, state.params)
         grads = tree.map(lambda g: g / scale.to(g.dtype), grads) if options.precision.scaled else grads
         losses = psum(shares, par.mesh.shape.active(), par.mesh) / count
         norm = global_norm(par, letters, grads)
         good = torch.isfinite(norm) & torch.isfinite(losses).all()
-        rate = schedule(state.step)
-        held = state.opt_state["optimizer"]
-        params, opt_state = optimizer.update(clip(grads, norm, options.clip), held, state.params, rate, good)
-        after: dict[str, Any] = {"optimizer": opt_state}
-        if options.precision.scaled:
-            after["loss_scale"] = next_scale(state.opt_state["loss_scale"], good)
         metrics: dict[str, Tensor] = {
             "loss": losses[:, 0].sum(),
             "entropy": losses[:, 1].sum(),
             "losses": losses[:, 0],
             "grad_norm": norm,
             "tokens": count,
+            "learning_rate": schedule(state.step),
+            "good": good,
         }
-        metrics |= {"learning_rate": rate, "good": good}
+        scaling: dict[str, Any] = {}
         if options.precision.scaled:
-            metrics["loss_scale"] = after["loss_scale"]["scale"].clone()
+            scaling["loss_scale"] = next_scale(state.opt_state["loss_scale"], good)
+            metrics["loss_scale"] = scaling["loss_scale"]["scale"].clone()
         taken = torch.ones_like(state.step) if options.precision.scaled else good.to(state.step.dtype)
-        write(state, TrainState(state.step + taken, params, after))
+        return grads, metrics, (state.step + taken, scaling)
+
+    return measure
+
+
+def make_apply(optimizer: Optimizer, options: StepOptions) -> Any:
+    """Make the update itself: new parameters and optimizer state, from measured gradients."""
+
+    def apply(params: tree.Tree, held: Any, grads: tree.Tree, found: Any) -> Any:
+        return optimizer.update(clip(grads, found["grad_norm"], options.clip), held, params, found["learning_rate"], found["good"])
+
+    return apply
+
+
+def make_streamed_update(measure: Any, apply: Any, options: StepOptions, weights: offload.Weights) -> Any:
+    """Make an update of a state in host memory."""
+
+    def update(state: TrainState, grads: tree.Tree, shares: Tensor, scale: Tensor, count: Tensor) -> dict[str, Tensor]:
+        # Host tensors tell `measure` their shapes and types alone.
+        shapes = tree.map(lambda p: p.new_empty((), device=shares.device).expand(p.shape), state.params)
+        small = {name: x for name, x in state.opt_state.items() if name != "optimizer"}
+        grads, metrics, (step, scaling) = measure(TrainState(state.step, shapes, small), grads, shares, scale, count)
+        needed = {name: metrics[name] for name in ("grad_norm", "learning_rate", "good")}
+        offload.stream(apply, state, grads, weights, needed)
+        weights.settled(state.params)
+        write((state.step, {name: state.opt_state[name] for name in scaling}), (step, scaling))
         return metrics
 
     return update

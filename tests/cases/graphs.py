@@ -35,10 +35,14 @@ KINDS = {
     "mm": "mm",
     "core": "_scaled_dot_product_flash_attention_for_cpu",
     "activation": "silu",
+    "park": "park",
+    "unpark": "unpark",
 }
 
 
-def counts(table: str, world: int, model: str = "llama", remat: str = "none", how: str = "step", pieces: int = 1) -> dict[str, Any]:
+def counts(
+    table: str, world: int, model: str = "llama", remat: str = "none", how: str = "step", pieces: int = 1, away: bool = False
+) -> dict[str, Any]:
     """Count operations by kind over all graphs, and the elements that the largest gathered weight holds."""
     config, rules, shape = MODELS[model], sharding_rules.load(table), MESHES[table][world]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
@@ -53,18 +57,18 @@ def counts(table: str, world: int, model: str = "llama", remat: str = "none", ho
         return make_boxed_func(graph.forward)
 
     usual, decoder.MLP_BYTES = decoder.MLP_BYTES, 16 * BATCH // rows * SEQ * config.mlp // pieces
-    run_gradient(table, world, model, remat, how, aot_autograd(fw_compiler=count))
+    run_gradient(table, world, model, remat, how, aot_autograd(fw_compiler=count), away=away)
     decoder.MLP_BYTES = usual
     return {**{kind: found[kind] for kind in KINDS}, "graphs": graphs}
 
 
-def run_gradient(table: str, world: int, model: str, remat: str, how: str, backend: Any) -> None:
-    """Compute one micro-batch's gradient."""
+def run_gradient(table: str, world: int, model: str, remat: str, how: str, backend: Any, away: bool = False) -> None:
+    """Compute one micro-batch's gradient; ``away`` brings inputs of layers to the host."""
     config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     par = parallel(config, rules, shape, BATCH // rows, precision)
     specs = decoder.specs(config)
-    loss = make_loss(decoder, config, par, precision, parse_remat(remat), backend if how == "block" else None)
+    loss = make_loss(decoder, config, par, precision, parse_remat(remat, away), backend if how == "block" else None)
     params = tree.map(to_local, init(specs, rules, par.mesh, 0, precision.param))
     params = gather_weights(par, tree.map(lambda s: s.axes, specs), params, precision.compute)
     data = {k: v if k == "slots" else v[0] for k, v in batch(par, config, 0, BATCH // rows, False).items()}
@@ -72,7 +76,7 @@ def run_gradient(table: str, world: int, model: str, remat: str, how: str, backe
     value_and_grad(loss, how, backend)(params, data, torch.tensor(1.0, dtype=torch.float64))
 
 
-def kept(table: str, world: int, how: str, remat: str) -> int:
+def kept(table: str, world: int, how: str, remat: str, away: bool = False) -> int:
     """Measure the bytes that the head finds in memory and that backward reads: in eager mode all it finds."""
     found: list[int] = []
     usual = decoder.head
@@ -94,10 +98,10 @@ def kept(table: str, world: int, how: str, remat: str) -> int:
     if how == "none":
         decoder.head = measured
         with alive:
-            run_gradient(table, world, "llama", remat, how, None)
+            run_gradient(table, world, "llama", remat, how, None, away)
         decoder.head = usual
     else:
-        run_gradient(table, world, "llama", remat, how, aot_autograd(fw_compiler=run))
+        run_gradient(table, world, "llama", remat, how, aot_autograd(fw_compiler=run), away)
     (total,) = found
     return total
 
@@ -192,7 +196,8 @@ class _Order(Interpreter):
             if isinstance(x, torch.Tensor):
                 storage = x.untyped_storage()
                 self.held.append(x)
-                self.sizes[storage._cdata] = 0 if n.op == "placeholder" else self.sizes.get(storage._cdata, storage.nbytes())
+                here_not = n.op == "placeholder" or _name(n) == "park"
+                self.sizes[storage._cdata] = 0 if here_not else self.sizes.get(storage._cdata, storage.nbytes())
                 self.places.setdefault(storage._cdata, [here, here])[1] = here
         return out
 
