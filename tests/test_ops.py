@@ -178,6 +178,18 @@ def test_the_fastest_kernel_that_can_is_chosen() -> None:
         choose("flash", q, k, Mask(), None)
 
 
+def test_deterministic_runs_take_no_kernel_that_adds_in_any_order() -> None:
+    q = torch.empty(1, 256, 4, 64, dtype=torch.bfloat16, device="meta")  # stands for a GPU's
+    assert choose("auto", q, q, Mask(), None) is KERNELS["cudnn"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose("auto", q, q, Mask(), None) is KERNELS["flash"]
+        with pytest.raises(UserError, match="deterministic is on"):
+            choose("cudnn", q, q, Mask(), None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("impl", "window", "documents"), [("auto", None, False), ("cpu", None, False), ("plain", 4, True), ("auto", 4, True)]
 )

@@ -109,6 +109,8 @@ def _cudnn_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None
         return f"needs a head size up to 128 and divisible by 8, not {q.shape[-1]}"
     if torch.version.hip is not None:
         return "needs an NVIDIA device"
+    if torch.are_deterministic_algorithms_enabled():  # torch does not ask it for its slower, ordered sums
+        return "adds up gradients in any order, and deterministic is on"
     return _gpu_refuses(q) or _shape_refuses(q, k, mask, documents)
 
 
