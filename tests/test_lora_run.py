@@ -78,10 +78,10 @@ def test_two_processes_train_the_same_adapters(forks: Forks, trained: tuple[Path
     assert losses(tmp_path / "two") == pytest.approx(losses(place / "run"), rel=1e-5)
 
 
-def test_a_pipeline_trains_the_same_adapters(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
+def test_a_pipeline_trains_the_same_adapters(forks: Forks, trained: tuple[Path, Any, str], tmp_path: Path) -> None:
     """Its checkpoint holds the adapters alone, and they merge into the model that one process's do."""
     place, _, _ = trained
-    said = train(tmp_path / "two", "--init", f"hf:{place / 'base'}", "--mesh.pipe", "2", "--pipeline.microbatches", "4", processes=2)
+    said = train(forks, tmp_path / "two", "--init", f"hf:{place / 'base'}", "--mesh.pipe", "2", "--pipeline.microbatches", "4", processes=2)
     assert "parameters trained beside" in said and losses(tmp_path / "two") == pytest.approx(losses(place / "run"), rel=1e-5)
     merged = dict[str, dict[str, torch.Tensor]]()
     for name, run in (("one", place / "run"), ("two", tmp_path / "two")):
@@ -95,16 +95,16 @@ def test_a_pipeline_trains_the_same_adapters(trained: tuple[Path, Any, str], tmp
 
 
 @pytest.mark.slow
-def test_a_pipeline_resumes(trained: tuple[Path, Any, str], tmp_path: Path) -> None:
+def test_a_pipeline_resumes(forks: Forks, trained: tuple[Path, Any, str], tmp_path: Path) -> None:
     """Two stages after a step of one process, and back."""
     place, _, _ = trained
     flags, pipe = ["--init", f"hf:{place / 'base'}", "--optim.schedule", "constant"], ["--mesh.pipe", "2", "--pipeline.schedule", "zb_v"]
     pipe += ["--pipeline.microbatches", "4", "--pipeline.layers-per-stage", "1", "1", "1", "1"]
     flags[1] = f"hf:{deeper(place)}"
-    train(tmp_path / "whole", *flags)
-    train(tmp_path / "parts", *flags, "--train.steps", "1")
-    train(tmp_path / "parts", *flags, *pipe, "--train.steps", "2", "--resume", "must", processes=2)
-    train(tmp_path / "parts", *flags, "--resume", "must")
+    train(forks, tmp_path / "whole", *flags)
+    train(forks, tmp_path / "parts", *flags, "--train.steps", "1")
+    train(forks, tmp_path / "parts", *flags, *pipe, "--train.steps", "2", "--resume", "must", processes=2)
+    train(forks, tmp_path / "parts", *flags, "--resume", "must")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 

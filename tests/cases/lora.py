@@ -100,7 +100,8 @@ def merged(table: str, world: int, model: str) -> dict[str, float]:
 def dropped() -> dict[str, list[float]]:
     """Give the share that each adapter's inputs lose, the mean of what is left of ones, and how alike two adapters' masks are."""
     config, par, _ = place("single", 1, "llama", dropout=0.3)
-    stream = {"rows": torch.arange(4), "inner_slots": torch.arange(par.sizes["seq"]), "key": torch.tensor(5)}
+    slots = torch.arange(par.sizes["seq"])
+    stream = {"rows": torch.arange(4), "slots": slots, "inner_slots": slots, "key": torch.tensor(5)}
     drops = decoder._drops(config, par, stream)
     shapes = {name: [par.sizes[LETTERS[c]] for c in inner] for name, (inner, _) in decoder.PROJECTIONS.items()}
     ones = {name: drop(torch.ones(4, par.sizes["seq"], *shapes[name], dtype=torch.float64)) for name, drop in drops.items()}
