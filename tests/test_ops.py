@@ -481,3 +481,30 @@ def test_plain_attention_has_second_derivatives_and_vmap() -> None:
     each = vmap(grad(score))(q, weight)
     alone = torch.stack([grad(score)(a, w) for a, w in zip(q, weight, strict=True)])
     assert (each - alone).abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("letters", ["DV", "VD"])
+def test_heads_are_filled_up_on_gpus(one: One, letters: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs multiply by a multiple of columns; what is filled up changes neither the loss nor the gradients' shapes and values."""
+    seen: list[int] = []
+    usual = head.head_logits
+
+    def noted(x: Tensor, w: Tensor, *rest: Any) -> Any:
+        seen.append(w.shape[1])
+        return usual(x, w, *rest)
+
+    monkeypatch.setattr(head, "head_logits", noted)
+    par = one(vocab=101, batch=2, seq=5)
+    shapes = [(2, 5, 8), (8, 101) if letters == "DV" else (101, 8)]
+    targets, weights = torch.randint(0, 101, (2, 5)), torch.rand(2, 5, dtype=torch.float64)
+    on_gpu = [torch.empty(s, dtype=torch.bfloat16, device="meta") for s in shapes]  # stands for a GPU's
+    cross_entropy(par, letters, *on_gpu, targets.to("meta"), weights.float().to("meta"), impl="fused")
+    x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    found: list[Any] = []
+    for fill in (0, 27):
+        table = w.t() if letters == "VD" else w
+        loss, _ = head._fused(par, x, F.pad(table, (0, fill)), targets, weights, 0.1)
+        found.append((loss, *torch.autograd.grad(loss, (x, w))))
+    assert seen == [128, 101, 128]
+    for plain, filled in zip(*found, strict=True):
+        close(filled, plain, 1e-12)
