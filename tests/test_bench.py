@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from experiments.bench import against_torchtitan, ops
+from mtl.inspect import hardware
 from tests.test_pretrain import ROOT
 
 LOG = """
@@ -40,6 +41,19 @@ def test_packed_attention_counts_its_own_pairs() -> None:
     packed = ops.attention_case(bench, torch.device("cpu"), 64, 4)
     sizes = [b - a for row in ends.tolist() for a, b in zip([0, *row], row, strict=False)]
     assert sum(sizes) == rows * 64 and min(sizes) > 0 and packed.flops[0] == 4 * 2 * 8 * sum(n * (n + 1) / 2 for n in sizes)
+
+
+def test_a_calibrated_table_is_one_that_plans_take(tmp_path: Path) -> None:
+    out = tmp_path / "mine.json"
+    flags = "--tokens 64 --width 64 --megabytes 1 --seconds 0.01"
+    command = [sys.executable, "experiments/bench/calibrate.py", *flags.split(), "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    mine, base = hardware.load(str(out)), hardware.load("h200")
+    for name in ("matmul", "memory", "attention_forward", "attention_backward"):
+        assert mine.efficiency[name] != base.efficiency[name] and mine.sources[name].startswith("measured"), name
+        assert name in done.stdout
+    assert mine.launch != base.launch and mine.name == "mine" and mine.peak_flops == base.peak_flops
+    assert mine.efficiency["node"] == base.efficiency["node"] and mine.sources["node"] == base.sources["node"]  # one process has no link
 
 
 @pytest.mark.slow
