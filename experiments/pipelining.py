@@ -149,11 +149,12 @@ class Timing:
 
 
 def make_steps(
-    pipeline: Pipeline | None, config: Any, par: Parallel, optimizer: Any, rate: Any, options: Any, timing: Timing, tuned: Tuning = ALL
-) -> Any:
-    """Make the step, through the pipeline if there is one, of what is trained."""
+    pipeline: Pipeline | None, config: Any, par: Parallel, optimizer: Any, rate: Any, options: Any, timing: Timing, tuned: Tuning = ALL,
+    weights: Any = None,
+) -> Any:  # fmt: skip
+    """Make the step, through the pipeline if there is one, of what is trained; ``weights`` are those that steps with offload share."""
     if pipeline is None:
-        return tuned.step(make_step(tuned.model, config, par, optimizer, rate, options))
+        return tuned.step(make_step(tuned.model, config, par, optimizer, rate, options, weights))
     return tuned.step(timing.add(make_pipelined_step(tuned.model, config, par, optimizer, rate, options, pipeline, tuned.whole)))
 
 

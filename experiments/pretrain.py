@@ -226,10 +226,11 @@ def run(
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
     options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
     timing = pipelining.Timing(train.steps)
-    step = by_length(par, lambda p: pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned))
+    rest = resting.Rest(setup.offload, specs, par.mesh, precision)
+    weights = rest.weights(par)
+    step = by_length(par, lambda p: pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned, weights))
     keeper.extra = work.beside
     plan = foretold.foretell(setup, shape, par, options, at.device, at.rank == 0, lambda: packed(work, setup))
-    rest = resting.Rest(setup.offload, specs, par.mesh, precision)
     state = keeper.begin(
         steps, setup.resume, lambda: abstract_state(specs, rules, par.mesh, precision, optimizer),
         lambda: rest.fresh(tuned.begin(fresh, work.begin), rules, optimizer), rest.restored,

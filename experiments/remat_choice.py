@@ -16,6 +16,7 @@ from mtl.inspect.plan import Plan
 from mtl.runtime import process
 from mtl.sharding.mesh import MeshShape
 from mtl.sharding.rules import Rules
+from mtl.train import offload
 from mtl.train.step import StepOptions
 
 ORDER = ("none", "gather", "selective", "every:4", "every:3", "every:2", "full")
@@ -75,6 +76,12 @@ def choose(peak: Callable[[str], int], budget: int, order: Sequence[str] = ORDER
     )
 
 
+def candidates(shape: MeshShape, kept: str) -> tuple[str, ...]:
+    """Give what a run can choose from: gather is none without a tensor axis, and what waits in host memory must be computed again."""
+    whole = tuple(remat for remat in ORDER if remat.startswith(("every", "full")))
+    return whole if offload.activations(kept) else tuple(remat for remat in ORDER if remat != "gather" or shape.tensor > 1)
+
+
 def planned(
     setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mapping[str, int], options: StepOptions, device: torch.device,
     documents: bool, engine: bool = False,
@@ -104,8 +111,7 @@ def settled(
     def decide() -> str:
         budget = parse_budget(setup.remat, memory_of(device, shape.devices()))
         plan = planned(setup, rules, shape, sizes, options, device, documents(), engine)
-        order = [remat for remat in ORDER if remat != "gather" or shape.tensor > 1]  # else it is none
-        found = choose(lambda remat: plan(remat).memory.peak, budget, order)
+        found = choose(lambda remat: plan(remat).memory.peak, budget, candidates(shape, setup.offload))
         return json.dumps([found.remat, str(found)])
 
     remat, said = json.loads(process.on_first_rank(decide))

@@ -11,6 +11,7 @@ from mtl.errors import UserError
 from mtl.optim.transforms import Optimizer
 from mtl.precision import Precision
 from mtl.sharding.mesh import Mesh, MeshShape
+from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules
 from mtl.train import offload
 from mtl.train.loss import parse_remat
@@ -35,6 +36,10 @@ class Rest:
     def restored(self, state: TrainState) -> TrainState:
         """Bring what a checkpoint gave, on the device, to where it rests."""
         return offload.place(state, self.specs, self.mesh, self.precision) if offload.optimizer_state(self.offload) else state
+
+    def weights(self, par: Parallel) -> Any:
+        """Give what makes the weights that the device holds of such a state: one for all steps, whatever the length of their samples."""
+        return offload.weights(self.specs, self.precision, par, self.offload)
 
     def usable(self, params: Any) -> Any:
         """Give parameters on the device, in the types that products take them in."""

@@ -49,6 +49,12 @@ def test_offloaded_state_is_saved_and_restored(ranks: Ranks, tmp_path: Path) -> 
     assert found["moved"][0] == 3 * found["state"] + 2 * found["masters"], "restored masters make new weights"
 
 
+def test_steps_of_several_lengths_hold_the_weights_once(ranks: Ranks) -> None:
+    """Else each length would keep a copy of its own, and make it again whenever another length was last."""
+    found = ranks.run("tests.cases.offload:turns", 1)
+    assert found["brought"] == 4 * found["state"] + found["masters"]
+
+
 @pytest.mark.parametrize(("remat", "parked"), [("full", 1), ("every:2", 1)])
 def test_inputs_of_layers_leave_and_come_back(ranks: Ranks, remat: str, parked: int) -> None:
     """But for the last layer's; and each comes back after the gradient that its layer waits for was made."""

@@ -9,7 +9,7 @@ import torch
 import sharding_rules
 from experiments import pretrain
 from experiments.presets import PRESETS
-from experiments.remat_choice import ORDER, choose, memory_of, parse_budget, planned
+from experiments.remat_choice import ORDER, candidates, choose, memory_of, parse_budget, planned
 from mtl.errors import UserError
 from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import MeshShape
@@ -76,6 +76,13 @@ def test_a_run_chooses_says_so_and_trains(forks: Forks, tmp_path: Path) -> None:
     for ranks, remat, said in ((2, "auto:1MiB", "Closest comes"), (1, "auto:lots", "--remat is 'auto:lots'")):
         refused = forks.complete([*flags, "--remat", remat, "--out", str(tmp_path / "other")], ranks=ranks)
         assert refused.returncode != 0 and refused.stderr.count(said) == 1 and not (tmp_path / "other").exists(), refused.stderr
+
+
+def test_a_run_that_offloads_activations_chooses_among_layers_computed_again(forks: Forks, tmp_path: Path) -> None:
+    flags = ["tiny", *SHORT, *MODEL, "--offload", "activations", "--out", str(tmp_path / "run")]
+    done = forks.complete([*flags, "--remat", "auto"])
+    assert done.returncode == 0 and "remat every:4: chosen for" in done.stdout, done.stderr
+    assert candidates(MeshShape(tensor=2), "optimizer") == ORDER
 
 
 def test_without_a_plan_auto_is_refused(forks: Forks, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def parse_mesh(text: str) -> MeshShape:
         axis, equals, size = (p.strip() for p in part.partition("="))
         if axis not in MESH_AXES:
             raise unknown("mesh axis", axis, MESH_AXES)
-        if not equals or not size.isdigit() or int(size) < 1:
+        if not equals or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--mesh has {part!r}: expected AXIS=SIZE with a size of at least 1, such as fsdp=64,tensor=8.")
         if axis in sizes:
             raise UserError(f"--mesh names {axis} twice: {text!r}.")

@@ -1,5 +1,6 @@
 """The decoder family: GPT-2/3, Llama, Mistral and Falcon by configuration. Four pure functions: specs, embed, block, head."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -88,7 +89,7 @@ class Config:
     z_loss: float = 0.0
     init_std: float = 0.02
     attention_impl: str = "auto"
-    loss_impl: str = "auto"
+    loss_impl: Literal["auto", "plain", "fused"] = "auto"
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be a model."""
@@ -111,6 +112,11 @@ class Config:
             raise UserError(f"model.window is {self.window}: a sliding window sees at least 1 token, or None for all.")
         if self.activation not in GATED | PLAIN:
             raise unknown("model.activation", self.activation, GATED | PLAIN)
+        if not 0 < self.rope_theta < math.inf:
+            raise UserError(f"model.rope_theta is {self.rope_theta}: it must be a number above 0.")
+        for name in ("norm_eps", "z_loss", "init_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be a number from 0 on.")
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: a dropout rate lies from 0 to under 1.")

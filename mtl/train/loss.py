@@ -55,7 +55,7 @@ def parse_remat(text: str, away: bool = False) -> Remat:
         )
     if text in ("none", "gather", "selective", "full"):
         return Remat(text, away=away)
-    if kind == "every" and number.isdigit() and int(number) > 0:
+    if kind == "every" and number.isdecimal() and int(number) > 0:
         return Remat("full", int(number), away)
     raise UserError(f"remat is {text!r}: expected none, gather, selective, full or every:N (each N-th layer in full, N at least 1).")
 

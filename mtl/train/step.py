@@ -56,16 +56,18 @@ class StepOptions:
         return parse_remat(self.remat, offload.activations(self.offload))
 
 
-def make_step(model: Model, config: Any, par: Parallel, optimizer: Optimizer, schedule: Schedule, options: StepOptions) -> Step:
+def make_step(
+    model: Model, config: Any, par: Parallel, optimizer: Optimizer, schedule: Schedule, options: StepOptions, weights: Any = None
+) -> Step:
     """Make the step. The state it is given is written in place (donated); metrics are device scalars, and nothing waits for the device.
 
-    Where the loss or the gradient norm is not finite, the state stays as it was, and the metrics say so.
+    Where loss or gradient norm are not finite the state stays, and the metrics say so. Steps of several lengths share ``weights``.
     """
     blocks = options.backend if options.compile == "block" else None
     loss = make_loss(model, config, par, options.precision, options.again(), blocks)
     settings = inductor_options(options.backend, par.mesh.shape.devices(), par.mesh.device_type, options.overlap)
     specs = model.specs(config)
-    weights = offload.weights(specs, options.precision, par, options.offload)
+    weights = weights or offload.weights(specs, options.precision, par, options.offload)
     rest = options.precision.param if weights is not None and par.rules.gather != "step" else None
     gradient = value_and_grad(loss, options.compile, options.backend, settings, rest)
     letters = tree.map(lambda spec: spec.axes, specs)

@@ -1,6 +1,7 @@
 """Steps with and without offload: are they the same, bit for bit, and does anything move?"""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 import sharding_rules
+from experiments.pipelining import Timing, make_steps
+from experiments.pretrain import by_length
+from experiments.resting import Rest
 from mtl import tree
 from mtl.checkpoint.restore import restore
 from mtl.checkpoint.save import save
@@ -98,3 +102,23 @@ def same(table: str, world: int, model: str, precision: str, kind: str, remat: s
         "state": sum(x.nbytes for x in held) + sum(x.nbytes for x in masters),
         "masters": sum(x.nbytes for x in masters),
     }
+
+
+def turns() -> dict[str, Any]:
+    """Take steps of two lengths in turn, as fine-tuning without packing does: what comes to the device, the state's bytes, the masters'."""
+    config, policy, offload.CHUNK = MODELS["llama"], PRECISIONS["bf16"], 1000
+    par = parallel(config, sharding_rules.load("single"), MESHES["single"][1], BATCH, policy)
+    specs, update = decoder.specs(config), sgd(decayed(decoder.specs(config)))
+    rest = Rest("optimizer", specs, par.mesh, policy)
+    state = rest.fresh(partial(init_state, seed=7), par.rules, update)
+    options, weights = StepOptions(policy, offload="optimizer"), rest.weights(par)
+    rate = schedule("constant", 1e-2, 10)
+    step = by_length(par, lambda p: make_steps(None, config, p, update, rate, options, Timing(4), weights=weights))
+    with Counted() as moved:
+        for i in range(4):
+            own = par.sized(**dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), (32, 16)[i % 2]))
+            state, _ = step(state, batch(own, config, i, BATCH, False, dtype=policy.param))
+    masters = [p for s, p in zip(tree.leaves(specs), tree.leaves(state.params), strict=True) if offload.leaves_device(s, policy)]
+    moments = [x for x in tree.leaves(state.opt_state) if x.dim()]
+    sizes = [sum(to_local(x).nbytes for x in xs) for xs in (masters, moments)]
+    return {"brought": moved.brought, "state": sum(sizes), "masters": sizes[0]}
