@@ -13,6 +13,7 @@ from torch import Tensor
 from mtl import random
 from mtl.axes import LETTERS
 from mtl.errors import UserError, unknown
+from mtl.models import token
 from mtl.ops import alibi
 from mtl.ops.attention import attention
 from mtl.ops.cache import cached_attention
@@ -245,6 +246,8 @@ def attended_size(cfg: Config) -> int:
 
 def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, selective: bool = False) -> Tensor:
     """Apply one layer to the residual stream (B, R, D). ``selective`` recomputes the attention core and the MLP's inside in backward."""
+    if "cached_slot" in stream and token.fits(cfg, par, p, x):
+        return token.block(cfg, par, p, x, partial(_attend, cfg, par, p, stream))
     again = partial(remat, late=par.late) if selective else _as_is
     h = _norm(cfg, p["norm1"], x)
     if cfg.parallel == "one_norm":  # what two products share is gathered once, and kept
@@ -317,25 +320,26 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
     drops = _drops(cfg, par, stream)
     left = _input(cfg)
     q, k, v = project_all(par, h, p, {"query": f"{left},DHK->BSHK", "key": f"{left},DGK->BSGK", "value": f"{left},DGK->BSGK"}, drops)
-    norms = {name: p[name]["weight"] for name in ("query_norm", "key_norm") if cfg.qk_norm}
-    scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
-
-    def core(q: Tensor, k: Tensor, v: Tensor, norms: dict[str, Tensor], stream: Stream) -> Tensor:
-        if cfg.qk_norm:
-            q, k = rms_norm(q, norms["query_norm"], cfg.norm_eps), rms_norm(k, norms["key_norm"], cfg.norm_eps)
-        rotary = cfg.positions == "rotary"
-        if rotary and "cached_key" not in stream:
-            q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
-            v = v.contiguous()  # else it would keep the whole product alive for the backward pass
-        if cfg.positions == "alibi":
-            q, k, v = alibi.extend(par, q, k, v, stream["positions"])
-        if "cached_key" in stream:
-            pairs = cfg.rope_pairs if rotary else None
-            return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs)[..., : cfg.head_size]
-        return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
-
-    y = again(core)(q, k, v, norms, stream)
+    norms = {name: p[name] for name in ("query_norm", "key_norm") if cfg.qk_norm}
+    y = again(lambda norms, stream, *qkv: _attend(cfg, par, norms, stream, *qkv))(norms, stream, q, k, v)
     return project(par, "BSHK,DHK->BRD", y, p["out"], drops.get("out"))
+
+
+def _attend(cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Take query, key and value to what attention makes of them (B, S, H, K); of ``p`` it needs the norms of query and key."""
+    scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
+    if cfg.qk_norm:
+        q, k = (rms_norm(x, p[name]["weight"], cfg.norm_eps) for x, name in ((q, "query_norm"), (k, "key_norm")))
+    rotary = cfg.positions == "rotary"
+    if rotary and "cached_key" not in stream:
+        q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
+        v = v.contiguous()  # else it would keep the whole product alive for the backward pass
+    if cfg.positions == "alibi":
+        q, k, v = alibi.extend(par, q, k, v, stream["positions"])
+    if "cached_key" in stream:
+        pairs = cfg.rope_pairs if rotary else None
+        return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs)[..., : cfg.head_size]
+    return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
 
 
 def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:

@@ -58,6 +58,16 @@ def may_join(par: Parallel, letters: Sequence[str], ws: Sequence[Tensor]) -> boo
     return whole and all(move.gathers == moves[0].gathers for move in moves) and all(dim == 0 for dim, _, _ in moves[0].gathers)
 
 
+def at_hand(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether a weight at rest is used as it lies: neither gathered nor cast nor padded."""
+    return w.dtype == dtype and not _move(par, letters, w).gathers and _padded(par, letters, w) is w
+
+
+def columns_here(par: Parallel, letters: str, shared: str, w: Tensor) -> list[int]:
+    """Give the sizes of what this device makes with a weight that contracts the letters ``shared``."""
+    return [_local_size(par, letters, c, w) for c in letters if c not in shared]
+
+
 def project_of(
     par: Parallel, spelling: str, fn: Callable[..., Tensor], inner: Sequence[Tensor], p: Mapping[str, Any], drop: Drop | None = None
 ) -> Tensor:
@@ -153,7 +163,7 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     else:
         matrix = matrix_of(fetched(x.dtype, moves[0], split, *ws), split)
         y = inner[0] @ (matrix.t() if transposed else matrix)
-    sizes = [[_local_size(par, right, c, w) for c in new] for right, new, w in zip(rights, news, ws * len(rights), strict=False)]
+    sizes = [columns_here(par, right, shared, w) for right, w in zip(rights, ws * len(rights), strict=False)]
     return [
         part.unflatten(0, lead).unflatten(-1, size)
         for part, size in zip(y.split([math.prod(size) for size in sizes], -1), sizes, strict=True)
