@@ -10,7 +10,7 @@ import torch
 from mtl import tree
 from mtl.errors import UserError
 from mtl.generate.decode import generate
-from mtl.generate.sampling import Sampling, allowed, choose
+from mtl.generate.sampling import PIECE, Sampling, allowed, best, choose
 from mtl.models import decoder
 from mtl.params import init
 from mtl.precision import PRECISIONS
@@ -172,3 +172,12 @@ def test_draws_follow_the_softmax() -> None:
         assert abs(found[token] / 20000 - p) < 4 * (p * (1 - p) / 20000) ** 0.5
     assert not torch.equal(tokens, choose(odds.log().expand(20000, 4), Sampling(1.0, seed=5), rows, torch.tensor(3)))
     assert not torch.equal(tokens, choose(odds.log().expand(20000, 4), Sampling(1.0, seed=4), rows, torch.tensor(4)))
+
+
+@pytest.mark.parametrize("size", [1, PIECE - 1, PIECE, 3 * PIECE, 5 * PIECE + 17])
+def test_the_best_is_the_first_of_the_largest(size: int) -> None:
+    for coarse in (1.0, 20.0):  # few values: many are equal
+        logits = (torch.randn(50, size) * coarse).round()
+        logits[:, ::7] = -torch.inf
+        assert torch.equal(best(logits), logits.argmax(-1))
+    assert best(torch.full((2, size), -torch.inf)).tolist() == [0, 0]

@@ -4,10 +4,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtl import random
 from mtl.errors import UserError
+
+PIECE = 256
+"""Logits that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,23 @@ def choose(logits: Tensor, how: Sampling, rows: Tensor, count: Tensor) -> Tensor
     The largest of (logit / temperature + Gumbel noise) is a draw from the softmax, so no order of the tokens and no running sum matters.
     """
     if how.temperature == 0.0:
-        return logits.argmax(-1)
+        return best(logits)
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     kept = allowed(logits.to(dtype) / how.temperature, how)
     key = random.bits(random.bits(random.key("sample", how.seed), rows), count).unsqueeze(-1)
     draw = random.uniform(key, torch.arange(logits.shape[-1], device=logits.device), dtype)
-    return (kept - (-draw.log()).log()).argmax(-1)
+    return best(kept - (-draw.log()).log())
+
+
+def best(logits: Tensor) -> Tensor:
+    """Give the place of each row's largest logit, of equals the first: those of pieces, then the best of them.
+
+    A GPU runs a row of one search in one program, on one of its many processors.
+    """
+    pieces = F.pad(logits, (0, -logits.shape[-1] % PIECE), value=-math.inf).unflatten(-1, (-1, PIECE))
+    top, place = pieces.max(-1)
+    piece = top.argmax(-1, keepdim=True)
+    return (piece * PIECE + place.gather(-1, piece)).squeeze(-1)
 
 
 def allowed(logits: Tensor, how: Sampling) -> Tensor:

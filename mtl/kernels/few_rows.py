@@ -61,12 +61,12 @@ def launch(x: Tensor, w: Tensor, scale: Tensor | None, eps: float, gated: bool, 
     each, block, warps, registers = shape(inner, columns, gated)
     if more is not None and more.stride(1) != 1:
         more = more.contiguous()
+    whole = inner % block == 0 and columns % each == 0
     _kernel()[(-(-columns // each),)](
         x, w, x if scale is None else scale, x if more is None else more, out,
         x.stride(0), w.stride(1), 0 if more is None else more.stride(0), out.stride(0), rows, columns, eps,
-        ROWS=1 << (rows - 1).bit_length(), INNER=inner, COLUMNS=each, BLOCK=block, NORM=scale is not None, GATED=gated, ADD=more is not None,
-        EVEN=inner % block == 0 and columns % each == 0, num_warps=warps, maxnreg=registers,
-        **early(x.device),
+        ROWS=1 << (rows - 1).bit_length(), INNER=inner, COLUMNS=each, BLOCK=block,
+        NORM=scale is not None, GATED=gated, ADD=more is not None, EVEN=whole, num_warps=warps, maxnreg=registers, **early(x.device),
     )  # fmt: skip
     return out
 

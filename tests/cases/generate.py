@@ -14,7 +14,8 @@ from mtl.generate.decode import generate, make_prefill, make_step, prompt_batch,
 from mtl.generate.memory import cache_bytes, parallels, room
 from mtl.generate.sampling import Sampling
 from mtl.generate.weights import lay_side_by_side, ready
-from mtl.models import decoder
+from mtl.kernels import few_rows
+from mtl.models import decoder, token
 from mtl.models.decoder import Config
 from mtl.params import count, init
 from mtl.precision import PRECISIONS
@@ -32,6 +33,7 @@ MODELS = {
     name: replace(c, rope_scaling=replace(c.rope_scaling, kind="llama3")) if c.rope_scaling.kind == "dynamic" else c
     for name, c in ALL_MODELS.items()
 }
+MODELS["qwen"] = replace(MODELS["llama"], qkv_bias=True, qk_norm=True, window=7)
 
 
 def text(config: Config) -> list[list[int]]:
@@ -40,8 +42,10 @@ def text(config: Config) -> list[list[int]]:
 
 
 def lively(config: Config, rules: Rules, mesh: Mesh) -> Any:
-    """Make weights large enough that every token counts."""
-    return tree.map(lambda p: p * 8 if p.dim() > 2 else p, init(decoder.specs(config), rules, mesh, 5, torch.float64))
+    """Make weights large enough that every token counts, and biases that are there."""
+    specs = decoder.specs(config)
+    params = init(specs, rules, mesh, 5, torch.float64)
+    return tree.map(lambda s, p: p + 0.1 if s.std == s.fill == 0 else p * 8 if p.dim() > 2 else p, specs, params)
 
 
 def reference(model: str, path: str) -> None:
@@ -95,6 +99,19 @@ def cached(table: str, world: int, model: str, path: str, compiled: bool = False
     said, whole = cache_bytes(specs, rules, shape, torch.float64), count(specs) * 8
     together = sorted(name for name in params["layers"] if "+" in name)
     return {"error": error, "held": held, "said": said, "whole": whole, "together": together}
+
+
+def in_few_kernels(table: str, world: int, model: str, path: str, compiled: bool = False) -> dict[str, Any]:
+    """Do the same through the operation for few rows, as on a GPU, and count how often it is used a step."""
+    calls: list[bool] = []
+    refuses, multiply = few_rows.refuses, token.multiply
+    few_rows.refuses = lambda x, w: None
+    token.multiply = lambda *args, **more: (calls.append("more" in more), multiply(*args, **more))[1]
+    try:
+        found = cached(table, world, model, path, compiled)
+    finally:
+        few_rows.refuses, token.multiply = refuses, multiply
+    return found | {"products": len(calls), "sums": sum(calls)}
 
 
 def continued(table: str, world: int, model: str, backend: str | None = None) -> dict[str, Any]:
