@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mtl.kernels.angles import rotate
-from mtl.kernels.early import early
 from mtl.precision import wide
 
 BLOCK = 64
@@ -78,7 +77,7 @@ def launch(
         q, k, v, keys, values, slot, places, positions, *(half or (q, q)), parts, stats, turns, out,
         q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), slots, groups, window or 0, scale,
         WINDOW=window is not None, GROUP=group, ROWS=padded, SIZE=size, WIDE=wide, BLOCK=block, CHUNK=chunk, SPLITS=splits,
-        TURN=0 if half is None else 1 + interleaved, **early(q.device),
+        TURN=0 if half is None else 1 + interleaved,
     )  # fmt: skip
     return out
 

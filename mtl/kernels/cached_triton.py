@@ -12,16 +12,12 @@ def attend(
     q_row, q_head, k_row, k_head, v_row, v_head, slots, heads, window, scale,
     WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, TURN: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Attend with the GROUP queries of one key head to CHUNK slots; the last of a head's SPLITS programs joins their results.
 
     The new key and value take the place of what lies in their slot, and the program that holds it writes them there. TURN is 1
-    where elements half a head apart are pairs to turn, 2 where neighbours are. With EARLY it starts before the kernel before it ends.
+    where elements half a head apart are pairs to turn, 2 where neighbours are.
     """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     pair, part = tl.program_id(0), tl.program_id(1)
     row, head = pair // heads, pair % heads
     m, d, at = tl.arange(0, ROWS), tl.arange(0, WIDE), tl.load(slot)

@@ -10,15 +10,9 @@ import triton.language as tl
 def multiply(
     x, w, scale, more, out, x_row, w_row, more_row, out_row, rows, columns, eps,
     ROWS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr, EARLY: tl.constexpr,
+    NORM: tl.constexpr, GATED: tl.constexpr, ADD: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Make COLUMNS columns of ROWS rows: each is one row of w, read in blocks, of which one is always under way.
-
-    With EARLY the next kernel may start at once, and this one has done so: its first weights are asked for before it waits for the
-    kernel that writes x. Nothing but weights may be read before.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
+    """Make COLUMNS columns of ROWS rows: each contracts x with a row of memory, read in blocks, of which the next is always under way."""
     n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :, None]
     m, k = tl.arange(0, ROWS)[:, None, None], tl.arange(0, BLOCK)[None, None, :]
     here = w + n.to(tl.int64) * w_row + k
@@ -28,8 +22,6 @@ def multiply(
     block = tl.load(here, mask=None if EVEN else known, other=None if EVEN else 0.0, eviction_policy="evict_first")
     if GATED:
         block2 = tl.load(beside, mask=None if EVEN else known, other=None if EVEN else 0.0, eviction_policy="evict_first")
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     row = tl.arange(0, ROWS)[:, None]
     own = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if ADD:
