@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportMissingParameterType=false, reportOperatorIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
 """The kernel of `mtl.kernels.few_rows`, in Triton: imported where there is a GPU to run it."""
 
 import triton
