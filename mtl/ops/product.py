@@ -167,65 +167,71 @@ class How:
             return self.spread.whole(*inner)
         return inner[0] if self.fn is None else self.fn(*inner)
 
-    def forward(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """Multiply."""
-        w = matrix.t() if self.transposed else matrix
-        return fp8.matmul(rows, w, fp8.scale_for(rows), fp8.scale_for(w)) if self.eight else rows @ w
-
-    def scale(self, grad: Tensor) -> Tensor:
-        """Give what a gradient is scaled by for 8 bits."""
-        return fp8.scale_for(grad, fp8.GRADIENTS) if self.eight else grad
-
-    def to_rows(self, grad: Tensor, scale: Tensor, matrix: Tensor) -> Tensor:
-        """Give the gradient of the rows."""
-        back = matrix if self.transposed else matrix.t()
-        return fp8.matmul(grad, back, scale, fp8.scale_for(matrix), fp8.GRADIENTS) if self.eight else grad @ back
-
-    def to_matrix(self, grad: Tensor, scale: Tensor, rows: Tensor) -> Tensor:
-        """Give the gradient of the matrix."""
+    def forward(self, rows: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
+        """Multiply; in 8 bits give what both sides were scaled by too."""
         if not self.eight:
-            return grad.t() @ rows if self.transposed else rows.t() @ grad
-        sides = ((grad, scale, fp8.GRADIENTS), (rows, fp8.scale_for(rows), fp8.VALUES))
-        (a, scale_a, type_a), (b, scale_b, type_b) = sides if self.transposed else reversed(sides)
-        return fp8.matmul(a.t(), b, scale_a, scale_b, type_a, type_b)
+            return (rows @ (matrix.t() if self.transposed else matrix),)
+        a, b = fp8.side(rows, turned=False), fp8.side(matrix, plain=self.transposed, turned=not self.transposed)
+        w = b.plain if self.transposed else b.turned
+        return fp8.multiply(a.plain, w, a.scale, b.scale, rows.dtype), a.scale, b.scale
 
-    def pull(self, grad: Tensor, part: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, grad: Tensor, rows: bool = True, matrix: bool = True) -> Tensor | fp8.Side:
+        """Give the gradient as the products take it that make those of the rows and of the matrix."""
+        return fp8.side(grad, None, rows, matrix, fp8.GRADIENTS) if self.eight else grad
+
+    def to_rows(self, grad: Tensor | fp8.Side, matrix: Tensor, scales: Sequence[Tensor]) -> Tensor:
+        """Give the gradient of the rows."""
+        if isinstance(grad, Tensor):
+            return grad @ (matrix if self.transposed else matrix.t())
+        w = fp8.side(matrix, scales[1], plain=not self.transposed, turned=self.transposed)
+        return fp8.multiply(grad.plain, w.turned if self.transposed else w.plain, grad.scale, w.scale, matrix.dtype)
+
+    def to_matrix(self, grad: Tensor | fp8.Side, rows: Tensor, scales: Sequence[Tensor]) -> Tensor:
+        """Give the gradient of the matrix."""
+        if isinstance(grad, Tensor):
+            return grad.t() @ rows if self.transposed else rows.t() @ grad
+        sides = (grad, fp8.side(rows, scales[0], plain=False))
+        a, b = sides if self.transposed else reversed(sides)
+        return fp8.multiply(a.turned, b.turned, a.scale, b.scale, rows.dtype)
+
+    def pull(self, grad: Tensor, part: Tensor, matrix: Tensor, *scales: Tensor) -> tuple[Tensor, Tensor]:
         """Give the gradients of a part and of the matrix, one after the other."""
-        scale = self.scale(grad)
         made: Any = vjp(self.rows, part)
         rows, back = made
-        return back(self.to_rows(grad, scale, matrix))[0], self.to_matrix(grad, scale, rows)
+        given = self.gradient(grad)
+        return back(self.to_rows(given, matrix, scales))[0], self.to_matrix(given, rows, scales)
 
 
 def product(how: How, *tensors: Tensor) -> Tensor:
     """Multiply an activation by weights, all as they rest."""
-    out = _Product.apply(how, *tensors)
-    assert isinstance(out, Tensor)
-    return out
+    made: Any = _Product.apply(how, *tensors)
+    return made[0]
 
 
 class _Product(Function):
     """rows @ the gathered shards, side by side; or fn(*rows) @ them, or a part of the rows, gathered, @ them.
 
-    Keeps rows, or parts, and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products).
+    Keeps rows, or parts, and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products). After the product
+    it gives what its sides were scaled by for 8 bits, which backward keeps too.
     """
 
     @staticmethod
-    def forward(how: How, *tensors: Tensor) -> Tensor:
+    def forward(how: How, *tensors: Tensor) -> tuple[Tensor, ...]:
         rows = how.rows(*tensors[: how.count])
         return how.forward(rows, matrix_of(how.move.fetch(tensors[how.count :], how.split, rows.dtype), how.split))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[1:])
-        ctx.how = inputs[0]
+        ctx.save_for_backward(*inputs[1:], *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.how, ctx.count = inputs[0], len(inputs) - 1
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         how: How = ctx.how
         # Saved tensors may be wrappers of a torch.func level that has ended (inside remat): a view is not.
-        saved = [after(x, grad) if how.late else x.view_as(x) for x in ctx.saved_tensors]
-        inner, shards = saved[: how.count], saved[how.count :]
+        saved = [after(x, grad) if how.late and i < ctx.count else x.view_as(x) for i, x in enumerate(ctx.saved_tensors)]
+        inner, shards, scales = saved[: how.count], saved[how.count : ctx.count], saved[ctx.count :]
         wanted, wanted_shards = any(ctx.needs_input_grad[1 : 1 + how.count]), ctx.needs_input_grad[1 + how.count :]
         w = _Fetch.apply(inner[0].dtype, how.move, how.split, *shards)
         assert isinstance(w, Tensor)
@@ -233,17 +239,17 @@ class _Product(Function):
         d_inner: Sequence[Tensor | None] = [None] * how.count
         d_matrix: Tensor | None = None
         if how.spread is not None and wanted and any(wanted_shards):
-            both: Any = _Pull.apply(how, grad, inner[0], matrix)
+            both: Any = _Pull.apply(how, grad, inner[0], matrix, *scales)
             d_inner, d_matrix = [both[0]], both[1]
         else:
             made: Any = (inner[0], None) if how.fn is None and how.spread is None else vjp(how.rows, *inner)
             rows, pull = made
-            scale = how.scale(grad)
+            given = how.gradient(grad, wanted, any(wanted_shards))
             if wanted:
-                d_rows = how.to_rows(grad, scale, matrix)
+                d_rows = how.to_rows(given, matrix, scales)
                 d_inner = [d_rows] if pull is None else pull(d_rows)
             if any(wanted_shards):  # frozen weights take none
-                d_matrix = how.to_matrix(grad, scale, rows)
+                d_matrix = how.to_matrix(given, rows, scales)
         d_shards: list[Tensor | None] = [None] * len(shards)
         if d_matrix is not None:
             given: Any = _Give.apply(d_matrix.view(w.shape), how.move, how.split, [shard.shape for shard in shards])
@@ -258,14 +264,14 @@ class _Pull(Function):
     """
 
     @staticmethod
-    def forward(how: How, grad: Tensor, part: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(how: How, grad: Tensor, part: Tensor, matrix: Tensor, *scales: Tensor) -> tuple[Tensor, Tensor]:
         spread = how.spread
         assert spread is not None
-        started, scale = spread.start(part), how.scale(grad)
-        d_rows = how.to_rows(grad, scale, matrix)
+        started, given = spread.start(part), how.gradient(grad)
+        d_rows = how.to_rows(given, matrix, scales)
         rows = spread.end(started)
         sent = spread.send(d_rows, part.shape)
-        d_matrix = how.to_matrix(grad, scale, rows)
+        d_matrix = how.to_matrix(given, rows, scales)
         return spread.take(sent, part.shape), d_matrix
 
     @staticmethod

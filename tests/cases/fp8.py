@@ -1,9 +1,12 @@
-"""Train a small model with products in 8 and in 16 bits."""
+"""Train a small model with products in 8 and in 16 bits; round as the kernel does."""
 
 import dataclasses
+import importlib
+import itertools
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharding_rules
 from mtl import tree
@@ -28,26 +31,68 @@ SEQ, ROWS = 32, 8
 
 
 def rounded() -> dict[str, Any]:
-    """Count what is rounded to 8 bits in one gradient."""
+    """Count the products in 8 bits of one gradient."""
     found: dict[str, Any] = {}
-    before = fp8._rounded
+    before = fp8.multiply
     for name in ("bf16", "fp8"):
         count = 0
 
-        def counting(x: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        def counting(*args: Any) -> torch.Tensor:
             nonlocal count
             count += 1
-            return before(x, scale, dtype)
+            return before(*args)
 
-        fp8._rounded = counting
+        fp8.multiply = counting
         par = place("single", 1, name)
         params = tree.map(to_local, init(decoder.specs(CONFIG), par.rules, par.mesh, 0, torch.float32))
         data = {k: v if k == "slots" else v[0] for k, v in batch(par, 0).items()}
         loss = make_loss(decoder, CONFIG, par, PRECISIONS[name], parse_remat("none"))
         value_and_grad(loss, "none", None)(params, data | {"key": torch.tensor(1)}, torch.tensor(1.0))
         found[name] = count
-    fp8._rounded = before
+    fp8.multiply = before
     return found | {"products": CONFIG.layers * 4}
+
+
+class Count(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.partition(".")[0]
+        self.names[name] = self.names.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations(precision: str, remat: str = "none") -> dict[str, int]:
+    """Count the operations of one gradient."""
+    par = place("single", 1, precision)
+    params = tree.map(to_local, init(decoder.specs(CONFIG), par.rules, par.mesh, 0, torch.float32))
+    data = {k: v if k == "slots" else v[0] for k, v in batch(par, 0).items()}
+    loss = make_loss(decoder, CONFIG, par, PRECISIONS[precision], parse_remat(remat))
+    with Count() as count:
+        value_and_grad(loss, "none", None)(params, data | {"key": torch.tensor(1)}, torch.tensor(1.0))
+    return count.names
+
+
+def kernel() -> None:
+    """Hold the kernel against the plain reference, on values that 8 bits hold: Triton's interpreter does not round to nearest."""
+    kernel = importlib.import_module("mtl.kernels.fp8_triton")
+    for rows, columns in itertools.product((16, 48, 144, 256), (16, 80, 400)):
+        draw = torch.Generator().manual_seed(rows + columns)
+        powers = torch.randint(-3, 4, (rows, columns), generator=draw).float()
+        x = (torch.randint(-1, 2, (rows, columns), generator=draw) * 2.0**powers).bfloat16()
+        across, down = (2.0 ** torch.randint(-2, 3, shape, generator=draw).float() for shape in ((rows, 1), (1, columns)))
+        one = torch.tensor(64.0)
+        given = (x, x.t().contiguous().t(), torch.cat([x, x], 1)[:, columns:])
+        for which, (a, b) in itertools.product(given, ((one, one), (one, None), (None, one), (across, down), (None, down))):
+            for dtype in (fp8.VALUES, fp8.GRADIENTS):
+                for got, want in zip(kernel.rounded(which, a, b, dtype), fp8.plain(x, a, b, dtype), strict=True):
+                    assert got.shape == want.shape and torch.equal(got.float(), want.float()), (rows, columns, a, b, dtype)
+    large = torch.full((16, 16), 100.0)
+    assert all(got.float().eq(448.0).all() for got in kernel.rounded(large, one, one, fp8.VALUES)), "held to the range"
 
 
 def place(table: str, world: int, precision: str) -> Any:

@@ -1,0 +1,48 @@
+"""Rounding to 8 bits on a GPU: each tile is read once, and written as it lies, turned over, or both ways."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+triton: Any = importlib.import_module("triton")
+tl: Any = importlib.import_module("triton.language")
+
+ROWS, COLUMNS, WARPS = 128, 128, 8
+
+
+@triton.jit
+def _round(
+    x, plain, turned, across, down, rows, columns, stride, most,
+    PLAIN: tl.constexpr, TURNED: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # pyright: ignore  # fmt: skip
+    tiles = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    here = (row < rows)[:, None] & (column < columns)[None, :]
+    i, j = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
+    values = tl.load(x + i * stride + j, mask=here, other=0.0).to(tl.float32)
+    if PLAIN:
+        scale = tl.load(across + row, mask=row < rows, other=1.0)[:, None] if EACH else tl.load(across)
+        scaled = tl.clamp(values * scale, -most, most, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(plain + i * columns + j, scaled.to(plain.dtype.element_ty), mask=here)
+    if TURNED:
+        scale = tl.load(down + column, mask=column < columns, other=1.0)[None, :] if EACH else tl.load(down)
+        scaled = tl.clamp(values * scale, -most, most, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(turned + j * rows + i, scaled.to(turned.dtype.element_ty), mask=here)
+
+
+def rounded(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round a matrix both ways, or one; see `mtl.kernels.fp8.rounded`."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, columns = x.shape
+    plain = torch.empty(0 if across is None else (rows, columns), dtype=dtype, device=x.device)
+    turned = torch.empty(0 if down is None else (columns, rows), dtype=dtype, device=x.device)
+    across, down = (None if scale is None else scale.contiguous() for scale in (across, down))
+    each = any(scale is not None and scale.dim() > 0 for scale in (across, down))
+    _round[triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),](
+        x, plain, turned, across, down, rows, columns, x.stride(0), torch.finfo(dtype).max,
+        PLAIN=across is not None, TURNED=down is not None, EACH=each, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    return plain, turned
