@@ -1,13 +1,11 @@
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportMissingParameterType=false, reportInvalidTypeForm=false
+# pyright: reportIndexIssue=false
 """Rounding to 8 bits on a GPU: each tile is read once, and written as it lies, turned over, or both ways."""
 
-import importlib
-from typing import Any
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-triton: Any = importlib.import_module("triton")
-tl: Any = importlib.import_module("triton.language")
 
 ROWS, COLUMNS, WARPS = 128, 128, 8
 
@@ -16,7 +14,7 @@ ROWS, COLUMNS, WARPS = 128, 128, 8
 def _round(
     x, plain, turned, across, down, rows, columns, stride, most,
     PLAIN: tl.constexpr, TURNED: tl.constexpr, EACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # pyright: ignore  # fmt: skip
+):  # fmt: skip
     tiles = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)
