@@ -5,7 +5,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,10 +58,12 @@ def main() -> None:
                 folder.mkdir(parents=True)
             dist.barrier()
             rows = {"alone": alone, "ranks": ranks, "gpu": gpu}[bench.mode](bench, folder, at)
-            if at.rank == 0:
-                print(f"{folder}, {bench.gib:g} GiB, {at.world} process(es), torch {torch.__version__}, best of {bench.repeats}")
-                for row in rows:
+            for i, row in enumerate(rows):  # a row is printed as soon as it is known
+                if at.rank == 0 and i == 0:
+                    print(f"{folder}, {bench.gib:g} GiB, {at.world} process(es), torch {torch.__version__}, best of {bench.repeats}")
+                if at.rank == 0:
                     print("  " + row, flush=True)
+            if at.rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -141,7 +143,7 @@ def ranks(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     return found
 
 
-def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
+def gpu(bench: Bench, folder: Path, at: process.Place) -> Iterator[str]:
     """Time steps with and without a save under way, each as long as ``step_ms`` says."""
     mesh = make_mesh(MeshShape(fsdp=at.world), at.device.type).device_mesh
     side = 1 << (14 if at.device.type == "cuda" else 9)
@@ -156,18 +158,16 @@ def gpu(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     update, one, more = (min(step(n)[0] for _ in range(3)) for n in (0, 1, 17))
     if at.rank == 0:
         print(f"memory for copies taken in {prepared:.1f} s; a step of an update alone takes {1e3 * update:.0f} ms", flush=True)
-    found: list[str] = []
     for goal in bench.step_ms:
         products = 1 + max(0, round((goal / 1e3 - one) / (more - one) * 16))
         for i in range(bench.repeats):
             path = (folder / f"{goal:g}-{i}").absolute()
             usual = statistics.median(step(products)[0] for _ in range(max(3, min(20, int(4e3 / goal)))))
-            found.append(blocked(path, saver, state, lambda n=products: step(n), usual, at.device))
+            yield blocked(path, saver, state, lambda n=products: step(n), usual, at.device)
             dist.barrier()
             if at.rank == 0:
                 shutil.rmtree(path)
             dist.barrier()
-    return found
 
 
 def stepper(parts: dict[str, torch.Tensor], saver: Saver, device: torch.device) -> Callable[[int], tuple[float, float]]:
