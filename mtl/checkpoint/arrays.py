@@ -74,14 +74,13 @@ def metadata(shape: Sequence[int], dtype: str, chunk: Sequence[int], tile: Seque
 
 
 def create(folder: Path, name: str, meta: Mapping[str, Any], ctx: Any) -> Any:
-    """Write an array's zarr.json; gives a future."""
-    return ts.open(_spec(folder, name) | {"metadata": dict(meta)}, create=True, context=ctx)
+    """Write an array's zarr.json and open the array to write to; gives a future."""
+    return ts.open(_new(folder, name, meta), create=True, context=ctx)
 
 
 def open_new(folder: Path, name: str, meta: Mapping[str, Any], ctx: Any) -> Any:
-    """Open an array that is being written, without reading its zarr.json; gives a future."""
-    spec = _spec(folder, name) | {"metadata": dict(meta), "store_data_equal_to_fill_value": True}
-    return ts.open(spec, open=True, assume_metadata=True, context=ctx)
+    """Open an array that another process creates, without reading its zarr.json; gives a future."""
+    return ts.open(_new(folder, name, meta), open=True, assume_metadata=True, context=ctx)
 
 
 def open_old(folder: Path, name: str, ctx: Any, driver: str = "zarr3", ocdbt: bool = False, mapped: bool = False) -> Any:
@@ -121,6 +120,10 @@ def write(array: Any, offset: Sequence[int], x: Any) -> Any:
 def read_into(array: Any, offset: Sequence[int], x: Any) -> Any:
     """Read a box into a numpy array's memory; gives a future."""
     return ts.array(x).write(window(array, offset, x.shape))
+
+
+def _new(folder: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Any]:
+    return _spec(folder, name) | {"metadata": dict(meta), "store_data_equal_to_fill_value": True}
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:

@@ -56,8 +56,9 @@ def flush(path: Path) -> None:
 
 def flush_all(paths: Iterable[Path]) -> None:
     """Flush many files and folders, many at a time: a file system takes them together, where one after the other each would wait for it."""
+    todo = list(paths)
     with ThreadPoolExecutor(FLUSHES, thread_name_prefix="flush") as pool:
-        for done in [pool.submit(flush, path) for path in paths]:
+        for done in [pool.submit(lambda some: [flush(path) for path in some], todo[i::FLUSHES]) for i in range(FLUSHES)]:
             done.result()
 
 

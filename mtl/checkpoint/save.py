@@ -208,9 +208,19 @@ def write_checkpoint(
     begun, ctx = time.time(), arrays.context(threads)
     folder = files.unfinished(path) / ITEM
     unlock: list[Callable[[], None]] = []
+
+    def write() -> None:
+        created = {leaf.name: arrays.create(folder, leaf.name, leaf.meta(), ctx) for leaf in plan.leaves if group.rank == 0}
+        try:
+            for pieces in waves:
+                _write_pieces(folder, pieces, created, ctx, in_flight or threads * IN_FLIGHT)
+        finally:
+            for array in created.values():
+                _written(array)
+
     try:
-        group.together(f"begin {path}", lambda: unlock.append(_begin(path, plan, ctx)) if group.rank == 0 else None)
-        group.together(f"write {path}", lambda: [_write_pieces(folder, pieces, ctx, in_flight or threads * IN_FLIGHT) for pieces in waves])
+        group.together(f"begin {path}", lambda: unlock.append(_begin(path)) if group.rank == 0 else None)
+        group.together(f"write {path}", write)
         group.together(f"commit {path}", lambda: _commit(path, plan, small, begun) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
@@ -221,7 +231,7 @@ def write_checkpoint(
             release()
 
 
-def _begin(path: Path, plan: Plan, ctx: Any) -> Callable[[], None]:
+def _begin(path: Path) -> Callable[[], None]:
     files.refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unlock = files.take_lock(path.with_name(f".{path.name}.lock"), str(path))
@@ -230,16 +240,14 @@ def _begin(path: Path, plan: Plan, ctx: Any) -> Callable[[], None]:
         if partial.exists():  # left behind: its writer would hold the lock
             shutil.rmtree(partial)
         (partial / ITEM).mkdir(parents=True)
-        for future in [arrays.create(partial / ITEM, leaf.name, leaf.meta(), ctx) for leaf in plan.leaves]:
-            _written(future)
     except BaseException:
         unlock()
         raise
     return unlock
 
 
-def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any, in_flight: int) -> None:
-    """Write some pieces, all on the disk on return.
+def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, Any], ctx: Any, in_flight: int) -> None:
+    """Write some pieces, all on the disk on return. Arrays that are not ``created`` here are opened.
 
     Each file is flushed as soon as it is written, by threads beside: a disk is fastest with much to do, and what is computed for a file
     (checksums, tiles) does not wait for another file's flush.
@@ -256,7 +264,8 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any, in_flight: in
                     f"expected {leaf.dtype} {shape}."
                 )
             if leaf.name not in opened:
-                opened = {leaf.name: arrays.open_new(folder, leaf.name, leaf.meta(), ctx).result()}
+                array = created[leaf.name] if leaf.name in created else arrays.open_new(folder, leaf.name, leaf.meta(), ctx)
+                opened = {leaf.name: _written(array)}
             x = arrays.as_numpy(values.cpu())
             while flying and bytes_flying + x.nbytes > in_flight:
                 done, size = flying.popleft()
@@ -271,9 +280,9 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], ctx: Any, in_flight: in
             flushed.result()
 
 
-def _written(write: Any) -> None:
+def _written(future: Any) -> Any:
     try:
-        write.result()
+        return future.result()
     except ValueError as error:
         raise CheckpointError(f"{arrays.reason(error)}. Nothing of this checkpoint was kept.") from None
 
