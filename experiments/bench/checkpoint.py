@@ -37,6 +37,8 @@ class Bench:
     repeats: int = 3
     threads: tuple[int, ...] = (1, 2, 4, 8)
     """The thread counts of torch.distributed.checkpoint that are tried; the best counts."""
+    restores: bool = True
+    """Time restores too, where one process does both."""
     step_ms: tuple[float, ...] = (1500.0,)
     """gpu mode: how long a step's products should take; a train state of 8 B parameters over four GPUs has steps of about 1500 ms."""
 
@@ -89,23 +91,28 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
         **{f"dcp, {n} threads": (dcp_save(n), dcp_load) for n in bench.threads},
         "safetensors": (plain_save, lambda p: tree.map(torch.clone, load_file(p))),
     }
-    best: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
+    took: dict[str, list[list[float]]] = {name: [[], []] for name in programs}
     work: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
     for _ in range(bench.repeats):
         for name, actions in programs.items():
             path = folder / "c"
-            for i, action in enumerate(actions):
+            for i, action in enumerate(actions[: 1 + bench.restores]):
                 begun, used = time.perf_counter(), time.process_time()
                 action(path)
-                best[name][i] = min(best[name][i], time.perf_counter() - begun)
+                took[name][i].append(time.perf_counter() - begun)
                 work[name][i] = min(work[name][i], time.process_time() - used)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    fastest = [min(t[i] for name, t in best.items() if name.startswith("dcp")) for i in range(2)]
-    return [
-        f"{name:36} save {s:6.2f} s ({fastest[0] / s:4.2f} x dcp's best)   restore {r:6.2f} s ({fastest[1] / r:4.2f} x)"
-        f"   processor time {work[name][0]:.2f} and {work[name][1]:.2f} s"
-        for name, (s, r) in best.items()
-    ]
+
+    def told(name: str, i: int) -> str:
+        theirs = [t[i] for other, t in took.items() if other.startswith("dcp")]
+        best, middle = min(took[name][i]), statistics.median(took[name][i])
+        ratios = min(map(min, theirs)) / best, min(map(statistics.median, theirs)) / middle
+        return (
+            f"{('save', 'restore')[i]} {best:5.2f} s, median {middle:5.2f} ({ratios[0]:4.2f} and {ratios[1]:4.2f} x dcp's best), "
+            f"processor {work[name][i]:4.1f}"
+        )
+
+    return [f"{name:34} " + "; ".join(told(name, i) for i in range(1 + bench.restores)) for name in programs]
 
 
 def ranks(bench: Bench, folder: Path, at: process.Place) -> list[str]:
