@@ -41,7 +41,7 @@ def claim(folder: Path, resume: str) -> str:
             f"--out {folder} holds another run (it has {' and '.join(held)}). Choose another folder, or go on with it by --resume auto; "
             "nothing was changed."
         )
-    steps = store.steps()
+    steps = store.found()
     if resume == "must" and not steps:
         raise UserError(
             f"--resume must: {folder} has no finished checkpoint. Give the --out of the run to go on with, or use --resume auto."
@@ -103,24 +103,24 @@ class Keeper:
         self, steps: Sequence[int], resume: str, abstract: Callable[[], Any], fresh: Callable[[], Any],
         place: Callable[[Any], Any] = lambda state: state,
     ) -> Any:  # fmt: skip
-        """Restore the newest good step and ``place`` its state where it rests, or make a fresh state."""
-        problems: list[str] = []
+        """Restore the newest good step and ``place`` its state where it rests, or make a fresh state. Damaged steps are set aside."""
+        problems: dict[int, str] = {}
         for step in reversed(steps):
             try:
                 contents, state = self._read(step, abstract)
             except Damaged as problem:
                 if resume == "must":
                     raise
-                problems.append(str(problem))
+                problems[step] = str(problem)
                 self._warn(f"step {step} is damaged: {problem}")
                 continue
             state = place(state)
+            for damaged in problems if self.at.rank == 0 else ():
+                self._warn(f"step {damaged} is kept as {self.store.set_aside(damaged)}")
             self._go_on(contents, state)
             return state
-        if problems:
-            raise CheckpointError(
-                f"every checkpoint in {self.store.folder} is damaged; the run does not start over by itself. {problems[0]}"
-            )
+        for problem in problems.values():
+            raise CheckpointError(f"every checkpoint in {self.store.folder} is damaged; the run does not start over by itself. {problem}")
         state = fresh()
         self.gate.state = state
         if self.at.rank == 0:
@@ -196,6 +196,11 @@ class Keeper:
     def _read(self, step: int, abstract: Callable[[], Any]) -> tuple[Contents, Any]:
         path = self.store.path(step)
         contents = inspect(path)
+        said = contents.host.get("step") if isinstance(contents.host, dict) else None
+        if said != step:
+            raise CheckpointError(
+                f"{path} was not saved by a run after step {step}: it says step {said}. Move it elsewhere; --init reads it."
+            )
         was, now = decided(contents.config), decided(self.config)
         for name in (n for n in now if n in was and was[n] != now[n]):
             raise UserError(

@@ -203,7 +203,7 @@ def test_what_stays_and_what_goes(tmp_path: Path) -> None:
     (tmp_path / f"9{UNFINISHED}").mkdir()
     (tmp_path / "8/state").mkdir(parents=True)
     (tmp_path / "notes").mkdir()
-    assert store.steps() == list(range(1, 8)) and store.latest() == 7
+    assert store.steps() == list(range(1, 8)) and store.latest() == 7 and store.found() == list(range(1, 9))
     assert store.prune(Keep()) == []
     assert store.prune(Keep(2, 3, 2)) == [1, 4, 5]
     assert store.steps() == [2, 3, 6, 7], "the best two, every third, and the newest two"
@@ -223,14 +223,35 @@ def test_a_damaged_newest_is_passed_over_if_told(forks: Forks, tmp_path: Path) -
     must = forks.start([*TINY, "--resume", "must", "--out", str(out)])
     assert forks.wait(must) == [2] and "array 'params.embed.weight'" in must.text() and "Traceback" not in must.text()
     assert (out / "metrics.jsonl").read_text() == want, "nothing was changed"
-    shutil.move(out / "checkpoints/8", tmp_path / "8")
-    (out / "checkpoints/8").mkdir()
-    shutil.rmtree(out / "checkpoints/8")
+    listed = out / "checkpoints/8/state/_mtl.json"
+    listed.write_bytes(seal({**unseal(listed), "format_version": 2}))
+    newer = forks.start([*TINY, "--resume", "auto", "--out", str(out)])
+    assert forks.wait(newer) == [2] and "format version 2; this mtl reads 1. Use a newer mtl" in newer.text()
+    assert (out / "metrics.jsonl").read_text() == want, "nothing was changed"
+    listed.write_text('{"arrays": ')
     flip(out / "checkpoints/6/state/_host.json", 5)
     auto = forks.start([*TINY, "--resume", "auto", "--out", str(out)])
     assert forks.wait(auto) == [0] and "step 6 is damaged" in auto.text() and "resumed after step 3" in auto.text()
+    assert "step 8 is damaged" in auto.text() and "8.damaged" in auto.text()
+    assert Store(out / "checkpoints").steps() == [3, 8], "a damaged step is saved again"
+    assert (out / "checkpoints/8.damaged/state/_mtl.json").read_text() == '{"arrays": ', "and what was there is kept"
     lines = [[json.loads(line)["loss"] for line in text.splitlines()] for text in (want, (out / "metrics.jsonl").read_text())]
     assert lines[0] == lines[1]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(forks: Forks, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = forks.start([*TINY, "--out", str(out)])
+    assert forks.wait(run) == [0], run.text()
+    want = (out / "metrics.jsonl").read_text()
+    (out / "checkpoints/8/state/_mtl.json").write_text("")
+    auto = forks.start([*TINY, "--resume", "auto", "--out", str(out)])
+    assert forks.wait(auto) == [2] and "does not start over by itself" in auto.text()
+    shutil.rmtree(out / "checkpoints/8")
+    checkpoint.save(out / "checkpoints/8", STATE, host={"step": 3})
+    auto = forks.start([*TINY, "--resume", "auto", "--out", str(out)])
+    assert forks.wait(auto) == [2] and "was not saved by a run after step 8: it says step 3" in auto.text()
+    assert (out / "metrics.jsonl").read_text() == want, "nothing was changed"
 
 
 @pytest.mark.parametrize("what", ["stop", "continue"])

@@ -79,11 +79,13 @@ def unseal(path: Path) -> dict[str, Any]:
         checksum = manifest.pop("checksum")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise Damaged(f"{path} is damaged ({error}). Restore another checkpoint.") from None
-    version = manifest.get("format_version")
+    version, intact = manifest.get("format_version"), hashlib.sha256(dump(manifest)).hexdigest() == checksum
     if version != VERSION:
-        newer = "Use a newer mtl" if isinstance(version, int) and version > VERSION else "The file may be damaged"
-        raise Damaged(f"{path} has format version {version!r}; this mtl reads {VERSION}. {newer}, or restore another checkpoint.")
-    if hashlib.sha256(dump(manifest)).hexdigest() != checksum:
+        newer = isinstance(version, int) and version > VERSION
+        kind, hint = (CheckpointError, "") if newer and intact else (Damaged, ", or restore another checkpoint")
+        hint = f"{'Use a newer mtl' if newer else 'The file may be damaged'}{hint}."
+        raise kind(f"{path} has format version {version!r}; this mtl reads {VERSION}. {hint}")
+    if not intact:
         raise Damaged(f"{path} is damaged: its checksum does not match. Restore another checkpoint.")
     return manifest
 

@@ -1,5 +1,6 @@
 """A run's checkpoints: folders named for their step. Which are committed, which stay, and what an interruption left behind."""
 
+import itertools
 import math
 import shutil
 from dataclasses import dataclass
@@ -33,16 +34,27 @@ class Store:
         """Name a step's folder."""
         return self.folder / str(step)
 
-    def steps(self) -> list[int]:
-        """List the committed steps, oldest first: those whose list of contents is whole."""
+    def found(self) -> list[int]:
+        """List the steps that have a checkpoint's folder, oldest first, whole or not: damage must not go unseen."""
         if not self.folder.is_dir():
             return []
-        found = (p for p in self.folder.iterdir() if p.name.isdecimal() and str(int(p.name)) == p.name)
-        return sorted(int(p.name) for p in found if _whole(p))
+        named = (p for p in self.folder.iterdir() if p.name.isdecimal() and str(int(p.name)) == p.name)
+        return sorted(int(p.name) for p in named if (p / ITEM).is_dir())
+
+    def steps(self) -> list[int]:
+        """List the committed steps, oldest first: those whose list of contents is whole."""
+        return [step for step in self.found() if _whole(self.path(step))]
 
     def latest(self) -> int | None:
         """Give the newest committed step."""
         return max(self.steps(), default=None)
+
+    def set_aside(self, step: int) -> Path:
+        """Give a damaged checkpoint another name, so that its step can be saved again and nothing is lost; gives that name."""
+        names = (self.path(step).with_name(f"{step}.damaged{f'-{i}' if i else ''}") for i in itertools.count())
+        name = next(p for p in names if not p.exists())
+        self.path(step).rename(name)
+        return name
 
     def prune(self, keep: Keep) -> list[int]:
         """Remove what need not stay; gives the removed steps. The newest always stays."""

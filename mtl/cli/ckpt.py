@@ -107,11 +107,10 @@ def named(arguments: list[str]) -> list[str]:
 
 
 def find(path: Path) -> Path:
-    """Take a checkpoint's folder, or the newest under a run's folder."""
+    """Take a checkpoint's folder, or the newest under a run's folder, damaged or not."""
     for folder in (path, path / "checkpoints"):
-        latest = Store(folder).latest()
-        if latest is not None:
-            return folder / str(latest)
+        if found := Store(folder).found():
+            return folder / str(found[-1])
     return path
 
 
