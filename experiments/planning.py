@@ -66,7 +66,7 @@ def check_sizes(setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mappin
     """Refuse a mesh that does not divide the model, the batch or the sequence."""
     train = setup.train
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
-    BatchShape(train.global_batch_size, train.micro_batch_size or 1, train.seq_len).check(rows)
+    BatchShape(train.global_batch_size, 1 if train.micro_batch_size is None else train.micro_batch_size, train.seq_len).check(rows)
     if setup.model.positions == "learned" and train.seq_len > setup.model.max_positions:
         raise UserError(f"train.seq-len {train.seq_len} is longer than the model's {setup.model.max_positions} learned positions.")
     for table in ("store", "compute"):

@@ -70,6 +70,21 @@ def test_merged_and_exported_agree_with_peft(trained: tuple[Path, Any, str], tmp
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(place / "base")
 
 
+def test_what_adapters_make_of_the_built_in_texts_model_still_speaks(
+    forks: Forks, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/lora.md has it: train on bytes, adapt, merge, generate from text."""
+    small = ["--model.layers", "1", "--model.embed", "32", "--model.heads", "2", "--model.kv-heads", "2", "--model.mlp", "48"]
+    made = forks.complete(["tiny", *small, *FLAGS[:6], "--out", str(tmp_path / "base")])
+    assert made.returncode == 0, made.stderr
+    train(forks, tmp_path / "adapted", "--init", str(tmp_path / "base"))
+    lora.main(["merge", str(tmp_path / "adapted"), "--out", str(tmp_path / "merged")])
+    capsys.readouterr()
+    generate.main([str(tmp_path / "merged"), "--prompt", "def ", "--max-tokens", "4", "--json"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["prompt_ids"] == [*b"def "] and len(said["text"].encode()) >= 4
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_adapters(forks: Forks, trained: tuple[Path, Any, str], tmp_path: Path) -> None:
     place, _, _ = trained

@@ -362,6 +362,7 @@ def test_search_proposes_what_fits_and_says_why_others_lose(capsys: pytest.Captu
         ("--search --devices 8 --global-batch-tokens 5000", ["5,000 tokens", "multiple of 8192"]),
         ("--search --devices 0", ["--devices is 0"]),
         ("--node-size 0", ["--node-size is 0"]),
+        ("--train.micro-batch-size 0", ["train.micro-batch-size is 0"]),
     ],
 )
 def test_bad_input_is_one_message(arguments: str, words: list[str]) -> None:

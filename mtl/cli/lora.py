@@ -12,8 +12,11 @@ import tyro
 
 import sharding_rules
 from experiments.adapters import adapters_of, read_adapters
-from experiments.initial import model_config, newest, open_start
+from experiments.initial import TOKENIZER, Start, built_in, model_config, newest, open_start
 from mtl import checkpoint, tree
+from mtl.checkpoint.contents import Contents
+from mtl.data import tokenizers
+from mtl.data.tokenizers import description
 from mtl.errors import UserError, unknown
 from mtl.lora.adapters import merge
 from mtl.lora.peft import CONFIG, write_adapter
@@ -76,8 +79,16 @@ def merged(settings: Merge, at: process.Place) -> str:
     with process.process_group(at), contextlib.nullcontext(make_mesh(MeshShape(), "cpu")) as mesh:
         plain = tree.map(to_local, start.load(rules, mesh, torch.float32))
         state, config = {"params": merge(tree.join(plain, params))}, {"model": dataclasses.asdict(start.config)}
-        checkpoint.save(settings.out, state, config=config, extra=start.beside)
+        checkpoint.save(settings.out, state, config=config, extra={**start.beside, **tokenizer_of(base, start, contents)})
     return f"{settings.out}: {len(params['layers'])} adapted projections of {start.config.layers} layers merged into {base}"
+
+
+def tokenizer_of(base: str, start: Start, contents: Contents | None) -> dict[str, bytes]:
+    """Describe what the merged model's tokens are, beyond what came with its base: those of the adapters' run, or plain bytes."""
+    if contents is not None and TOKENIZER in contents.files:
+        return {TOKENIZER: contents.read(TOKENIZER)}
+    plain = not start.beside and built_in(checkpoint.inspect(newest(Path(base))))
+    return {TOKENIZER: description.dumps(description.describe(tokenizers.load("bytes"))).encode()} if plain else {}
 
 
 def exported(settings: Export) -> str:
