@@ -142,7 +142,7 @@ class Experiment:
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     rules: str | None = None
     """Parallel layout: a shipped table's name, a path to a table, or a module; by default chosen from the mesh."""
-    precision: Literal["auto", "fp64", "fp32", "tf32", "bf16", "fp16", "fp8"] = "auto"
+    precision: Literal["auto", "fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rows"] = "auto"
     """auto is bf16 on GPUs, fp32 elsewhere."""
     transport: Literal["auto", "nccl", "engine"] = "auto"
     """How weights, gradients and pipelines' messages travel: by collectives or by copy engines. auto takes these where a compiled step

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 
@@ -10,7 +11,7 @@ import torch
 @dataclass(frozen=True)
 class Precision:
     """Types for parameters and optimizer state, for compute, for gradients on the wire; whether the loss is scaled; whether layers'
-    projections are multiplied in 8 bits, or float32 products rounded to TF32.
+    projections are multiplied in 8 bits (with one scale a side, or one a row), or float32 products rounded to TF32.
     """
 
     name: str
@@ -18,7 +19,7 @@ class Precision:
     compute: torch.dtype
     reduce: torch.dtype
     scaled: bool = False
-    fp8: bool = False
+    fp8: Literal["tensor", "rows"] | None = None
     tf32: bool = False
 
 
@@ -29,7 +30,8 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
         "tf32": Precision("tf32", torch.float32, torch.float32, torch.float32, tf32=True),
         "bf16": Precision("bf16", torch.float32, torch.bfloat16, torch.float32),
         "fp16": Precision("fp16", torch.float32, torch.float16, torch.float32, scaled=True),
-        "fp8": Precision("fp8", torch.float32, torch.bfloat16, torch.float32, fp8=True),
+        "fp8": Precision("fp8", torch.float32, torch.bfloat16, torch.float32, fp8="tensor"),
+        "fp8_rows": Precision("fp8_rows", torch.float32, torch.bfloat16, torch.float32, fp8="rows"),
     }
 )
 

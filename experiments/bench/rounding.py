@@ -61,7 +61,7 @@ def roundings(x: Tensor, options: Any, say: Callable[..., None]) -> None:
     """Time the kernel, and what a compiler makes of the same."""
     scale, gb = fp8.scale_for(x, fp8.GRADIENTS), x.numel() / 1e9
     for name, way in {"both ways": {}, "as it is": {"turned": False}, "turned over": {"plain": False}}.items():
-        run = partial(fp8.side, x, scale, dtype=fp8.GRADIENTS, **way)
+        run = partial(fp8.side, x, known=scale, dtype=fp8.GRADIENTS, **way)
         say(f"rounded, {name}", run=run, amount=(3 if way else 4) * gb, unit="GB/s", note=checked(x, run()))
     largest, whole = compiled(lambda x: fp8.scale_for(x, fp8.GRADIENTS), options=options), compiled(naive, options=options)
     say("largest value", run=partial(largest, x), amount=2 * gb, unit="GB/s")
@@ -76,30 +76,33 @@ def naive(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def checked(x: Tensor, made: fp8.Side) -> str:
     """Hold what was made against the plain reference, bit by bit."""
-    want = fp8.plain(x, made.scale, made.scale, made.plain.dtype)
-    pairs = [(got, one) for got, one in zip(made, want, strict=False) if got.numel()]
-    return "exact" if all(torch.equal(got.view(torch.uint8), one.view(torch.uint8)) for got, one in pairs) else "DIFFERS"
+    one = made.plain.scale
+    pairs = zip(made, fp8.plain(x, one, one, made.plain.values.dtype), strict=True)
+    same = all(torch.equal(got.values.view(torch.uint8), want.view(torch.uint8)) for got, want in pairs if got.values.numel())
+    return "exact" if same else "DIFFERS"
 
 
 def products(bench: Bench, x: Tensor, say: Callable[..., None]) -> None:
-    """Time the three products of a projection (embed, columns) with its gradient ``x``, with either sum; errors are those of 256 rows."""
+    """Time the three products of a projection (embed, columns) with its gradient ``x``; errors are those of 256 rows and columns."""
     rows, w = (torch.randn(n, bench.embed, device=x.device, dtype=x.dtype) for n in (bench.rows, x.shape[1]))
-    a, b, g = fp8.side(rows), fp8.side(w), fp8.side(x, dtype=fp8.GRADIENTS)
-    kinds = {
-        "forward": (a.plain, b.plain, a.scale, b.scale, rows, w),
-        "gradient of rows": (g.plain, b.turned, g.scale, b.scale, x, w.t()),
-        "gradient of weights": (g.turned, a.turned, g.scale, a.scale, x.t(), rows.t()),
-    }
-    for name, (left, right, scale_a, scale_b, true_a, true_b) in kinds.items():
-        exact = true_a[:256].double() @ true_b[:256].t().double()
-        rounded = left[:256].double() / scale_a @ (right[:256].double() / scale_b).t()
-        for fast in (True, False) if x.device.type == "cuda" else (True,):
-            run = partial(fp8.multiply, left, right, scale_a, scale_b, x.dtype, fast)
-            made = run()[:256, :256].double()
-            error, summed = ((made - one).norm() / exact.norm() for one in (exact, rounded))
-            flops = 2 * left.shape[0] * left.shape[1] * right.shape[0] / 1e12
-            note = f"error {error:.5f}, of the sum and bf16 {summed:.5f}"
-            say(f"{name}, {'fast' if fast else 'exact'} sum", run=run, amount=flops, unit="TFLOP/s", note=note)
+    for scales in ("tensor", "rows"):
+        a, b, g = fp8.side(rows, scales), fp8.side(w, scales), fp8.side(x, scales, dtype=fp8.GRADIENTS)
+        kinds = {
+            "forward": (a.plain, b.plain, rows, w),
+            "gradient of rows": (g.plain, b.turned, x, w.t()),
+            "gradient of weights": (g.turned, a.turned, x.t(), rows.t()),
+        }
+        for name, (left, right, true_left, true_right) in kinds.items():
+            exact = true_left[:256].double() @ true_right[:256].t().double()
+            near = [(way.values[:256].double() / way.scale.expand(len(way.values), 1)[:256]) for way in (left, right)]
+            rounded = near[0] @ near[1].t()
+            for fast in (True, False) if x.device.type == "cuda" else (True,):
+                run = partial(fp8.multiply, left, right, x.dtype, fast)
+                made = run()[:256, :256].double()
+                error, summed = ((made - one).norm() / exact.norm() for one in (exact, rounded))
+                flops = 2 * left.values.shape[0] * left.values.shape[1] * right.values.shape[0] / 1e12
+                note = f"error {error:.5f}, of the sum and bf16 {summed:.5f}"
+                say(f"{name}, {scales}, {'fast' if fast else 'exact'}", run=run, amount=flops, unit="TFLOP/s", note=note)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class Bench:
     accumulate: int = 1
     layers: int | None = None
     """Fewer layers than the preset has."""
-    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rows"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     remat: str = "none"
     offload: Literal["none", "activations", "optimizer", "both"] = "none"

@@ -34,7 +34,7 @@ class LayoutSettings:
     """The device that the table shows."""
     array: str | None = None
     """Draw this one too: a parameter's path, or an activation's letters such as BRD."""
-    precision: Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8"] = "bf16"
+    precision: Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rows"] = "bf16"
     share: float = 0.05
     """Mark a parameter that other devices hold too, where it takes more than this share of the device's bytes."""
     html: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None

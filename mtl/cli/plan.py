@@ -34,7 +34,7 @@ class PlanSettings:
     """A device table's name, or a JSON file of one (experiments/bench/calibrate.py writes it)."""
     node_size: int | None = None
     """Devices that the fast link joins, where it is not the table's number."""
-    precision: Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8"] = "bf16"
+    precision: Literal["fp64", "fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rows"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     transport: Literal["auto", "nccl", "engine"] = "auto"
     """How weights and gradients travel, as in experiments/pretrain.py: auto is copy engines in one node of NVLink, in compiled steps."""

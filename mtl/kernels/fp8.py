@@ -1,6 +1,8 @@
-"""Matrix products in 8 bits: both sides are scaled to the format's range by their largest value, which is found anew each time.
+"""Matrix products in 8 bits: both sides are scaled to the format's range by their largest values, which are found anew each time.
 
-Values and weights travel in e4m3 (3 bits of fraction), gradients in e5m2 (more range). Sums are taken in float32.
+One scale serves a whole side ("tensor"), or each row of the left and each column of the right has its own ("rows"). With one, values and
+weights travel in e4m3 (3 bits of fraction) and gradients in e5m2 (more range); with many, all in e4m3. Sums are taken in float32.
+
 The units that multiply read both sides along the summed dimension, so backward needs what it rounds turned over too. No compiler sees
 inside the rounding: left to inductor, a matrix with several readers was held in float32, four times what it takes in 8 bits.
 """
@@ -8,7 +10,7 @@ inside the rounding: left to inductor, a matrix with several readers was held in
 import functools
 import importlib
 import importlib.util
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +18,46 @@ from torch import Tensor
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
 """What every size must divide by."""
+Scales = Literal["tensor", "rows"]
 
 _library: Any = torch.library.Library("mtl_fp8", "DEF")
 _library.define("rounded(Tensor x, Tensor? across, Tensor? down, ScalarType dtype) -> (Tensor, Tensor)", tags=(torch.Tag.flexible_layout,))
 
 
-class Side(NamedTuple):
-    """A matrix in 8 bits, as it is and turned over, and what it was scaled by. A way that nobody asked for is empty."""
+class Rounded(NamedTuple):
+    """A matrix in 8 bits, and what it was scaled by: one factor, or one for each row (M, 1)."""
 
-    plain: Tensor
-    turned: Tensor
+    values: Tensor
     scale: Tensor
 
 
-def scale_for(x: Tensor, dtype: torch.dtype = VALUES) -> Tensor:
-    """Give the factor that takes a matrix's largest absolute value to the format's largest, a float32 scalar."""
-    rows = x.abs().amax(-1)  # first of each row: this much fuses with what makes the matrix
-    return torch.finfo(dtype).max / rows.amax().float().clamp(min=1e-30)
+class Side(NamedTuple):
+    """A matrix in 8 bits as it is, and turned over. A way that nobody asked for is empty."""
+
+    plain: Rounded
+    turned: Rounded
 
 
-def side(x: Tensor, scale: Tensor | None = None, plain: bool = True, turned: bool = True, dtype: torch.dtype = VALUES) -> Side:
-    """Scale a matrix, by what is known or found, and round it in the ways that are asked for."""
-    scale = scale_for(x, dtype) if scale is None else scale
-    return Side(*rounded(x, scale if plain else None, scale if turned else None, dtype), scale)
+def scale_for(x: Tensor, dtype: torch.dtype = VALUES, dim: int | None = None) -> Tensor:
+    """Give the factors, in float32, that take the largest absolute values to the format's largest: one, or one for all along ``dim``."""
+    # The largest of each row first: this much fuses with what makes the matrix.
+    largest = x.abs().amax(-1).amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    return torch.finfo(dtype).max / largest.float().clamp(min=1e-30)
+
+
+def side(
+    x: Tensor, scales: Scales = "tensor", known: Tensor | None = None, plain: bool = True, turned: bool = True, dtype: torch.dtype = VALUES
+) -> Side:
+    """Scale a matrix and round it in the ways that are asked for. The one scale of a whole side may be known already."""
+    if scales == "tensor":
+        known = scale_for(x, dtype) if known is None else known
+        across = down = known
+    else:
+        dtype = VALUES
+        across, down = (scale_for(x, dtype, dim) if wanted else None for dim, wanted in ((1, plain), (0, turned)))
+    first, second = rounded(x, across if plain else None, down if turned else None, dtype)
+    none = first.new_empty(0, dtype=torch.float32)
+    return Side(Rounded(first, none if across is None else across), Rounded(second, none if down is None else down.t()))
 
 
 def rounded(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -50,15 +69,17 @@ def rounded(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.
     return op(x, across, down, dtype)
 
 
-def multiply(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype, fast: bool | None = None) -> Tensor:
-    """Give a @ b.T in a type, for a (M, K) and b (N, K) in 8 bits that were scaled before.
+def multiply(a: Rounded, b: Rounded, dtype: torch.dtype, fast: bool | None = None) -> Tensor:
+    """Give a @ b.T in a type, for a (M, K) and b (N, K).
 
-    A ``fast`` sum keeps fewer bits between its parts; left open, gradients take the slower, more exact one.
+    A ``fast`` sum keeps fewer bits between its parts; left open, gradients in e5m2 take the slower, more exact one.
     """
-    if a.device.type == "cpu":
-        return ((a.float() @ b.t().float()) / (scale_a * scale_b)).to(dtype)
-    fast = a.dtype == b.dtype if fast is None else fast
-    return torch._scaled_mm(a, b.t(), scale_a.reciprocal(), scale_b.reciprocal(), out_dtype=dtype, use_fast_accum=fast)  # pyright: ignore
+    scale_b = b.scale.t()
+    if a.values.device.type == "cpu":
+        return ((a.values.float() @ b.values.t().float()) / (a.scale * scale_b)).to(dtype)
+    fast = a.values.dtype == b.values.dtype if fast is None else fast
+    scales = a.scale.reciprocal(), scale_b.reciprocal()
+    return torch._scaled_mm(a.values, b.values.t(), *scales, out_dtype=dtype, use_fast_accum=fast)  # pyright: ignore
 
 
 def fits(*sizes: int) -> bool:

@@ -153,7 +153,7 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     fn, *inner = made or (None, flat)
     inner = inner if spread is not None else [part.flatten(0, -2) for part in inner]
     lead = [n * spread.size if spread is not None and dim == spread.dim else n for dim, n in enumerate(flat.shape[:-1])]
-    eight = par.fp8 and _may_round(rights, math.prod(lead), flat.shape[-1], ws, split, transposed)
+    eight = par.fp8 if _may_round(rights, math.prod(lead), flat.shape[-1], ws, split, transposed) else None
     copied = not moves[0].gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
     if (moves[0].gathers and par.regather) or (spread is not None and not copied):
         y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late), *inner, *ws)

@@ -148,15 +148,15 @@ class How:
     """How a product is taken.
 
     The first ``count`` operands are the activation: rows, or what ``fn`` makes rows of, or with ``spread`` this device's part of it. The
-    others are shards of weights, which lie side by side. With ``eight`` products are taken in 8 bits. ``late`` makes what is gathered again
-    wait for the gradient.
+    others are shards of weights, which lie side by side. With ``eight``, how many scales there are, products are taken in 8 bits. ``late``
+    makes what is gathered again wait for the gradient.
     """
 
     fn: Any
     spread: Spread | None
     split: int
     transposed: bool
-    eight: bool
+    eight: fp8.Scales | None
     move: Move
     count: int
     late: bool = False
@@ -168,31 +168,33 @@ class How:
         return inner[0] if self.fn is None else self.fn(*inner)
 
     def forward(self, rows: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Multiply; in 8 bits give what both sides were scaled by too."""
+        """Multiply; in 8 bits with one scale a side give these two too."""
         if not self.eight:
             return (rows @ (matrix.t() if self.transposed else matrix),)
-        a, b = fp8.side(rows, turned=False), fp8.side(matrix, plain=self.transposed, turned=not self.transposed)
-        w = b.plain if self.transposed else b.turned
-        return fp8.multiply(a.plain, w, a.scale, b.scale, rows.dtype), a.scale, b.scale
+        a = fp8.side(rows, self.eight, turned=False).plain
+        w = fp8.side(matrix, self.eight, plain=self.transposed, turned=not self.transposed)
+        b = w.plain if self.transposed else w.turned
+        return fp8.multiply(a, b, rows.dtype), *((a.scale, b.scale) if self.eight == "tensor" else ())
 
     def gradient(self, grad: Tensor, rows: bool = True, matrix: bool = True) -> Tensor | fp8.Side:
         """Give the gradient as the products take it that make those of the rows and of the matrix."""
-        return fp8.side(grad, None, rows, matrix, fp8.GRADIENTS) if self.eight else grad
+        return fp8.side(grad, self.eight, None, rows, matrix, fp8.GRADIENTS) if self.eight else grad
 
     def to_rows(self, grad: Tensor | fp8.Side, matrix: Tensor, scales: Sequence[Tensor]) -> Tensor:
         """Give the gradient of the rows."""
         if isinstance(grad, Tensor):
             return grad @ (matrix if self.transposed else matrix.t())
-        w = fp8.side(matrix, scales[1], plain=not self.transposed, turned=self.transposed)
-        return fp8.multiply(grad.plain, w.turned if self.transposed else w.plain, grad.scale, w.scale, matrix.dtype)
+        assert self.eight is not None
+        w = fp8.side(matrix, self.eight, scales[1] if scales else None, plain=not self.transposed, turned=self.transposed)
+        return fp8.multiply(grad.plain, w.turned if self.transposed else w.plain, matrix.dtype)
 
     def to_matrix(self, grad: Tensor | fp8.Side, rows: Tensor, scales: Sequence[Tensor]) -> Tensor:
         """Give the gradient of the matrix."""
         if isinstance(grad, Tensor):
             return grad.t() @ rows if self.transposed else rows.t() @ grad
-        sides = (grad, fp8.side(rows, scales[0], plain=False))
-        a, b = sides if self.transposed else reversed(sides)
-        return fp8.multiply(a.turned, b.turned, a.scale, b.scale, rows.dtype)
+        assert self.eight is not None
+        g, r = grad.turned, fp8.side(rows, self.eight, scales[0] if scales else None, plain=False).turned
+        return fp8.multiply(g, r, rows.dtype) if self.transposed else fp8.multiply(r, g, rows.dtype)
 
     def pull(self, grad: Tensor, part: Tensor, matrix: Tensor, *scales: Tensor) -> tuple[Tensor, Tensor]:
         """Give the gradients of a part and of the matrix, one after the other."""

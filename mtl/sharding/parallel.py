@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Parallel:
     With ``parts`` an activation that a product gathers is kept in parts, and gathered again in backward; without, it is kept whole.
     With ``late`` what backward gathers or computes again is made to wait for the gradient: a compiler that cuts forward from backward
     would else do it ahead, and keep it. With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers
-    must be on one host. With ``fp8`` the layers' projections are multiplied in 8 bits.
+    must be on one host. With ``fp8`` the layers' projections are multiplied in 8 bits, with one scale a side or one a row.
     """
 
     mesh: Mesh
@@ -33,7 +34,7 @@ class Parallel:
     parts: bool = False
     late: bool = False
     engine: bool = False
-    fp8: bool = False
+    fp8: Literal["tensor", "rows"] | None = None
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)
 
     def layout(self, letters: str, table: str = "act") -> Layout:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+from collections import Counter
 from typing import Any
 
 import torch
@@ -31,26 +32,31 @@ SEQ, ROWS = 32, 8
 
 
 def rounded() -> dict[str, Any]:
-    """Count the products in 8 bits of one gradient."""
+    """Count the products in 8 bits of one gradient, and find how many scales their sides have."""
     found: dict[str, Any] = {}
     before = fp8.multiply
-    for name in ("bf16", "fp8"):
-        count = 0
+    scales: list[str] = []
 
-        def counting(*args: Any) -> torch.Tensor:
-            nonlocal count
-            count += 1
-            return before(*args)
+    def counting(*args: Any) -> torch.Tensor:
+        scales.extend("tensor" if way.scale.numel() == 1 else "rows" for way in args[:2])
+        return before(*args)
 
-        fp8.multiply = counting
-        par = place("single", 1, name)
-        params = tree.map(to_local, init(decoder.specs(CONFIG), par.rules, par.mesh, 0, torch.float32))
-        data = {k: v if k == "slots" else v[0] for k, v in batch(par, 0).items()}
-        loss = make_loss(decoder, CONFIG, par, PRECISIONS[name], parse_remat("none"))
-        value_and_grad(loss, "none", None)(params, data | {"key": torch.tensor(1)}, torch.tensor(1.0))
-        found[name] = count
+    fp8.multiply = counting
+    for name in ("bf16", "fp8", "fp8_rows"):
+        scales.clear()
+        gradient(name)
+        found[name] = dict(Counter(scales))
     fp8.multiply = before
     return found | {"products": CONFIG.layers * 4}
+
+
+def gradient(precision: str, remat: str = "none") -> None:
+    """Take one gradient."""
+    par = place("single", 1, precision)
+    params = tree.map(to_local, init(decoder.specs(CONFIG), par.rules, par.mesh, 0, torch.float32))
+    data = {k: v if k == "slots" else v[0] for k, v in batch(par, 0).items()}
+    loss = make_loss(decoder, CONFIG, par, PRECISIONS[precision], parse_remat(remat))
+    value_and_grad(loss, "none", None)(params, data | {"key": torch.tensor(1)}, torch.tensor(1.0))
 
 
 class Count(TorchDispatchMode):
@@ -58,23 +64,18 @@ class Count(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: dict[str, int] = {}
+        self.names: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.partition(".")[0]
-        self.names[name] = self.names.get(name, 0) + 1
+        self.names[func.__name__.partition(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
 
 def operations(precision: str, remat: str = "none") -> dict[str, int]:
     """Count the operations of one gradient."""
-    par = place("single", 1, precision)
-    params = tree.map(to_local, init(decoder.specs(CONFIG), par.rules, par.mesh, 0, torch.float32))
-    data = {k: v if k == "slots" else v[0] for k, v in batch(par, 0).items()}
-    loss = make_loss(decoder, CONFIG, par, PRECISIONS[precision], parse_remat(remat))
     with Count() as count:
-        value_and_grad(loss, "none", None)(params, data | {"key": torch.tensor(1)}, torch.tensor(1.0))
-    return count.names
+        gradient(precision, remat)
+    return dict(count.names)
 
 
 def kernel() -> None:
@@ -111,16 +112,16 @@ def batch(par: Any, step: int) -> Any:
     return to_device(par, text[:, :-1][rows], text[:, 1:][rows], rows, torch.float32, {})
 
 
-def losses(table: str = "single") -> dict[str, list[float]]:
+def losses(table: str = "single", precision: str = "fp8") -> dict[str, list[float]]:
     """Give the losses of 30 steps."""
     found: dict[str, list[float]] = {}
-    for name in ("bf16", "fp8"):
-        precision = PRECISIONS[name]
+    for name in ("bf16", precision):
+        policy = PRECISIONS[name]
         par = place(table, 2 if table == "fsdp" else 1, name)
         specs = decoder.specs(CONFIG)
         optimizer = adamw(decayed(specs))
-        state = init_state(specs, par.rules, par.mesh, 1, precision, optimizer)
-        step = make_step(decoder, CONFIG, par, optimizer, schedule("constant", 1e-2, 100, 3), StepOptions(precision))
+        state = init_state(specs, par.rules, par.mesh, 1, policy, optimizer)
+        step = make_step(decoder, CONFIG, par, optimizer, schedule("constant", 1e-2, 100, 3), StepOptions(policy))
         found[name] = []
         for i in range(30):
             state, metrics = step(state, batch(par, i))
