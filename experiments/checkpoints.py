@@ -21,7 +21,7 @@ from mtl.checkpoint.peers import CheckpointError, Damaged, peers
 from mtl.checkpoint.restore import restore
 from mtl.checkpoint.store import Keep, Store
 from mtl.checkpoint.verify import verify
-from mtl.errors import UserError
+from mtl.errors import UserError, unknown
 from mtl.runtime import process
 from mtl.runtime.log import RunLog
 from mtl.runtime.signals import Signals
@@ -69,6 +69,13 @@ def check(settings: CheckpointSettings) -> None:
         raise UserError(
             "checkpoint.keep-every and checkpoint.keep-best add to checkpoint.keep, which is 0 (all stay): set it to at least 1."
         )
+
+
+def check_metric(settings: CheckpointSettings, record: Mapping[str, Any]) -> None:
+    """Refuse a metric that steps do not have; those that begin with eval are looked for where a step was evaluated."""
+    here = not settings.metric.startswith("eval") or any(name.startswith("eval") for name in record)
+    if settings.keep_best and here and settings.metric not in record:
+        raise unknown("metric in --checkpoint.metric", settings.metric, sorted(n for n, x in record.items() if isinstance(x, int | float)))
 
 
 class Keeper:
@@ -151,6 +158,7 @@ class Keeper:
 
     def save_if_due(self, i: int, state: Any, record: dict[str, Any]) -> None:
         """Save where it is time: the last hook. An error of the save before stops the run here, or is only told of."""
+        check_metric(self.settings, record)
         try:
             self.saver.check()
         except CheckpointError:

@@ -1,5 +1,6 @@
 """Faults and pitfalls: flipped bytes, truncated files, full disks, writers that fail or die, two writers, and what is kept and removed."""
 
+import dataclasses
 import json
 import os
 import random
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.checkpoints import check_metric
+from experiments.settings import CheckpointSettings
 from mtl import checkpoint, tree
 from mtl.checkpoint.background import Saver
 from mtl.checkpoint.files import UNFINISHED, seal, take_lock, unseal
 from mtl.checkpoint.peers import Damaged
 from mtl.checkpoint.store import Keep, Store
 from mtl.checkpoint.verify import find_damage, verify
+from mtl.errors import UserError
 from mtl.runtime.log import RunLog
 from tests.cases.checkpoint import values
 from tests.forks import Forks
@@ -120,6 +124,15 @@ def test_every_file_and_folder_is_flushed_before_the_commit(tmp_path: Path, monk
     assert want == set(flushed[:-1]) and flushed[-1] == str(tmp_path), "the folder's new name comes last"
 
 
+def test_a_place_that_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("kept")
+    with pytest.raises(checkpoint.CheckpointError, match=r"notes/3 cannot be written: .*Nothing was changed"):
+        checkpoint.save(tmp_path / "notes/3", STATE)
+    with pytest.raises(checkpoint.CheckpointError, match="notes is no checkpoint: it is a file"):
+        checkpoint.inspect(tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "kept"
+
+
 def test_a_write_error_leaves_nothing(tmp_path: Path) -> None:
     """The operating system refuses files beyond 64 KiB, as a full disk would."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -211,6 +224,17 @@ def test_what_stays_and_what_goes(tmp_path: Path) -> None:
     assert store.prune(Keep(1)) == []
     store.clean()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["7", "8", "notes"]
+
+
+def test_a_metric_that_no_step_has_is_refused() -> None:
+    settings = CheckpointSettings(keep=1, keep_best=1, metric="eval_loos")
+    check_metric(settings, {"loss": 1.0})  # not evaluated: cannot be known
+    check_metric(dataclasses.replace(settings, keep_best=0), {"eval_loss": 1.0})
+    check_metric(dataclasses.replace(settings, metric="eval_loss"), {"eval_loss": 1.0})
+    with pytest.raises(UserError, match=r"unknown metric in --checkpoint.metric 'eval_loos'. Did you mean 'eval_loss'?"):
+        check_metric(settings, {"loss": 1.0, "eval_loss": 1.0, "epochs": {}})
+    with pytest.raises(UserError, match="'lss'"):
+        check_metric(dataclasses.replace(settings, metric="lss"), {"loss": 1.0})
 
 
 def test_a_damaged_newest_is_passed_over_if_told(forks: Forks, tmp_path: Path) -> None:

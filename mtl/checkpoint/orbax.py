@@ -52,7 +52,7 @@ def item_folder(path: Path) -> Path:
     if path.name.endswith(UNFINISHED):
         raise Damaged(f"{path} was never finished: its writer stopped before the commit. Restore another checkpoint.")
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no checkpoint: there is no such folder.")
+        raise CheckpointError(f"{path} is no checkpoint: {'it is a file' if path.exists() else 'there is no such folder'}.")
     places = [path, path / ITEM, *sorted(p for p in path.iterdir() if p.is_dir() and p.name != ITEM)]
     found = [p for p in places if (p / "_METADATA").is_file()]
     if not found:

@@ -232,17 +232,20 @@ def write_checkpoint(
 
 
 def _begin(path: Path) -> Callable[[], None]:
-    files.refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unlock = files.take_lock(path.with_name(f".{path.name}.lock"), str(path))
     try:
-        partial = files.unfinished(path)
-        if partial.exists():  # left behind: its writer would hold the lock
-            shutil.rmtree(partial)
-        (partial / ITEM).mkdir(parents=True)
-    except BaseException:
-        unlock()
-        raise
+        files.refuse_existing(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unlock = files.take_lock(path.with_name(f".{path.name}.lock"), str(path))
+        try:
+            partial = files.unfinished(path)
+            if partial.exists():  # left behind: its writer would hold the lock
+                shutil.rmtree(partial)
+            (partial / ITEM).mkdir(parents=True)
+        except BaseException:
+            unlock()
+            raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error.strerror} ({error.filename}). Nothing was changed.") from None
     return unlock
 
 
