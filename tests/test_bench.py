@@ -67,3 +67,12 @@ def test_every_op_is_timed(tmp_path: Path) -> None:
     for op in ("attention", "norm", "head", "optimizer"):
         group = [r for r in rows if r["op"] == op]
         assert len(group) >= 3 and max(r["of_best"] for r in group) == 1.0 and sum(r["auto"] for r in group) == 1
+
+
+@pytest.mark.slow
+def test_rounding_is_timed_and_exact(tmp_path: Path) -> None:
+    flags = f"--rows 64 --columns 160 --embed 32 --rounds 2 --json {tmp_path / 'rounding.json'}"
+    subprocess.run([sys.executable, "experiments/bench/rounding.py", *flags.split()], cwd=ROOT, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "rounding.json").read_text().splitlines()]
+    assert [r["note"] for r in rows if r["what"].startswith("rounded")] == ["exact"] * 3
+    assert len(rows) == 3 + 2 + 2 * 3 and all(r["us"] > 0 for r in rows)
