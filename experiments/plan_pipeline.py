@@ -183,7 +183,7 @@ class Drawn:
 
     def _half(self, run: Callable[[], Any], given: list[Tensor], scope: str, adding: int = 0) -> tuple[Any, Half]:
         """Record one half; ``adding`` are the bytes that sums of gradients then move."""
-        out, trace = _recorded(run, {"given": given}, scope)
+        out, trace = _recorded(run, {"given": given}, scope, self.compiled)
         life = self._life(trace)
         seconds: dict[str, float] = {}
         if self.device is not None:
@@ -279,9 +279,9 @@ class Drawn:
         return rows + sent_in([("update", [(back, 1), (update, 1)])], self.job.mesh, self.device)
 
 
-def _recorded(run: Callable[[], Any], given: Mapping[str, Any], scope: str = "") -> tuple[Any, Trace]:
+def _recorded(run: Callable[[], Any], given: Mapping[str, Any], scope: str = "", compiled: bool = False) -> tuple[Any, Trace]:
     """Run a function under a recorder; what it gives lives to the end."""
-    recorder = Recorder()
+    recorder = Recorder(compiled)
     recorder.scope = scope
     with recorder:
         for name, values in given.items():

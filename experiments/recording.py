@@ -88,7 +88,7 @@ class Watched:
 def record(job: Job, device: int = 0) -> Records:
     """Record a step as one device runs it. Layers repeat, so two short models tell what any number of layers does."""
     layers = job.config.layers
-    period = 2 * repeat(job)  # a compiler stores the residual stream every other layer
+    period = 2 * repeat(job)  # a compiler may treat every other layer alike
     first = (layers - 1) % period + 1
     first = min(layers, first + period) if first == 1 else first
     rounds = (layers - first) // period
@@ -143,7 +143,7 @@ def record_gradient(job: Job, layers: int, device: int = 0) -> Trace:
     par, precision = job.parallel(device), job.options.precision
     config = dataclasses.replace(job.config, layers=layers, full_layers=tuple(i for i in job.config.full_layers if i < layers))
     par = dataclasses.replace(par, sizes={**par.sizes, "layers": layers})
-    recorder = Recorder()
+    recorder = Recorder(job.options.compile != "none")
     model: Any = Watched(recorder)
     with world(job.kind) as make:
         loss = make_loss(model, config, par, precision, job.options.again())

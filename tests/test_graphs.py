@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from mtl.kernels.stored import stored
 from mtl.train.gradient import accumulate
 from tests.ranks import Ranks
 from tests.small import BATCH, SEQ
@@ -52,6 +56,27 @@ def test_selective_remat_repeats_the_cheap_parts_alone(ranks: Ranks) -> None:
     assert selective["mm"] == plain["mm"], "no product of weights is computed again"
     assert selective["core"] == 2 * plain["core"] == 2 * LAYERS, "the attention core is"
     assert selective["activation"] == plain["activation"] == 2 * LAYERS, "the MLP's activation always is"
+
+
+def test_the_residual_stream_is_in_memory_after_attention_and_after_the_mlp(ranks: Ranks) -> None:
+    assert counts(ranks, "single", 1)["stored"] == 2 * LAYERS
+    # Computed again, a layer stores the sum of its input (which waits for the gradient) and of attention; what follows nothing needs.
+    assert counts(ranks, "fsdp", remat="full")["stored"] == 4 * LAYERS
+
+
+def test_what_is_stored_is_a_buffer_of_its_own() -> None:
+    def buffers(keep: Any) -> int:
+        def fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            total = keep(x + y)
+            return total.exp().sum(-1), total.sin()
+
+        given = [torch.ones(64, 64), torch.ones(64, 64)]
+        graph = GraphLowering(make_fx(fn)(*given))
+        with V.set_graph_handler(graph):
+            graph.run(*given)
+        return len(graph.buffers)
+
+    assert buffers(stored) == buffers(lambda x: x) + 1
 
 
 def test_block_compile_keeps_remat_and_regather(ranks: Ranks) -> None:

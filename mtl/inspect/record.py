@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import get_decompositions
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +21,10 @@ COLLECTIVES = {
     "all_reduce": "all_reduce",
     "all_to_all_single": "all_to_all",
 }
+
+
+PARTS = get_decompositions([torch.ops.aten.native_layer_norm, torch.ops.aten.native_layer_norm_backward])
+"""What compilers take apart."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,10 @@ class Trace:
 class Recorder(TorchDispatchMode):
     """Writes down every operation that reaches the device while it is entered."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool = False) -> None:
+        """Start a record; ``compiled`` says that a compiler takes what is recorded: it copies nothing in order to store it."""
         super().__init__()
-        self.trace = Trace()
+        self.trace, self.compiled = Trace(), compiled
         self.scope, self.layer = "", -1
         self._known: dict[int, tuple[int, StorageWeakRef]] = {}
         self._alive: dict[int, StorageWeakRef] = {}
@@ -118,6 +124,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and write it down."""
+        if self.compiled and func in PARTS:
+            with self:
+                return PARTS[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         inputs = _tensors(args) + _tensors(tuple((kwargs or {}).values()))
         results = _tensors(out if isinstance(out, tuple | list) else (out,))
@@ -126,7 +135,7 @@ class Recorder(TorchDispatchMode):
         if not results and name not in ("copy_",):
             return out
         reads = tuple(dict.fromkeys(self.buffer(x)[0] for x in inputs))
-        if name == "wait_tensor":  # gives the same memory, but on meta tensors a new one
+        if name == "wait_tensor" or (name == "stored" and self.compiled):  # gives the same memory, but on meta tensors a new one
             self._alias(results[0], reads[0])
         numbered = [self.buffer(x) for x in results]
         makes = tuple(dict.fromkeys(i for i, new in numbered if new))

@@ -13,6 +13,7 @@ from torch import Tensor
 from mtl import random
 from mtl.axes import LETTERS
 from mtl.errors import UserError, unknown
+from mtl.kernels.stored import stored
 from mtl.models import token
 from mtl.ops import alibi
 from mtl.ops.attention import attention
@@ -254,12 +255,12 @@ def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, sele
         h = par.reshard(h, "BRD", "BSD")
     attended = _drop(cfg.dropout_attention, par, _attention(cfg, par, p, h, stream, again), stream, site=1)
     if cfg.parallel == "none":
-        x = x + attended
+        x = stored(x + attended)
         h = _norm(cfg, p["norm2"], x)
-        return x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2)
+        return stored(x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2))
     if cfg.parallel == "two_norms":
         h = _norm(cfg, p["norm2"], x)
-    return x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2)
+    return stored(x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2))
 
 
 def head(cfg: Config, par: Parallel, params: Params, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

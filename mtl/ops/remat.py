@@ -9,24 +9,28 @@ from torch.func import vjp
 
 from mtl import tree
 from mtl.kernels.host_copy import park, unpark
+from mtl.kernels.stored import stored
 from mtl.ops.late import after
 
 
-def remat(fn: Callable[..., Tensor], late: bool = False, away: int | None = None) -> Callable[..., Tensor]:
+def remat(fn: Callable[..., Tensor], late: bool = False, away: int | None = None, waits: int | None = None) -> Callable[..., Tensor]:
     """Wrap a function of trees of tensors (one result) so that its intermediate values are computed again in backward.
 
     Collectives inside are issued again too. The function must not close over tensors that need a gradient. ``late`` is for what a compiler
     cuts into forward and backward by itself: it would else compute again in forward, and keep. Argument number ``away``, a tensor, waits
-    in host memory for backward.
+    in host memory for backward. Argument number ``waits``, a tensor, is made of the gradient too: whatever is elementwise of it alone a
+    compiler would else compute in the kernel that reads it in forward, and keep.
     """
+
+    def place(args: Any, number: int) -> int:
+        return len(tree.leaves(args[:number]))
 
     def call(*args: Any) -> Tensor:
         leaves, structure = tree.flatten(args)
         if away is None:
-            out = _Remat.apply(fn, structure, late, *leaves)
+            out = _Remat.apply(fn, structure, late, -1 if waits is None else place(args, waits), *leaves)
         else:
-            place = len(tree.leaves(args[:away]))
-            out, _ = _RematAway.apply(fn, structure, place, *leaves)  # pyright: ignore
+            out, _ = _RematAway.apply(fn, structure, place(args, away), *leaves)  # pyright: ignore
         assert isinstance(out, Tensor)
         return out
 
@@ -35,19 +39,23 @@ def remat(fn: Callable[..., Tensor], late: bool = False, away: int | None = None
 
 class _Remat(Function):
     @staticmethod
-    def forward(fn: Any, structure: Any, late: bool, *leaves: Any) -> Any:
+    def forward(fn: Any, structure: Any, late: bool, waits: int, *leaves: Any) -> Any:
         return fn(*tree.unflatten(structure, leaves))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.fn, ctx.structure, ctx.late = inputs[:3]
-        ctx.tensor = [isinstance(x, Tensor) for x in inputs[3:]]
-        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs[3:]]
-        ctx.save_for_backward(*(x for x in inputs[3:] if isinstance(x, Tensor)))
+        ctx.fn, ctx.structure, ctx.late, ctx.waits = inputs[:4]
+        ctx.tensor = [isinstance(x, Tensor) for x in inputs[4:]]
+        ctx.constants = [None if isinstance(x, Tensor) else x for x in inputs[4:]]
+        ctx.save_for_backward(*(x for x in inputs[4:] if isinstance(x, Tensor)))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, None, None, *_pull(ctx, list(ctx.saved_tensors), ctx.needs_input_grad[3:], grad, ctx.late)
+        tensors = list(ctx.saved_tensors)
+        if ctx.waits >= 0 and not ctx.late:
+            place = sum(ctx.tensor[: ctx.waits])
+            tensors[place] = stored(after(tensors[place], grad))
+        return None, None, None, None, *_pull(ctx, tensors, ctx.needs_input_grad[4:], grad, ctx.late)
 
 
 class _RematAway(Function):

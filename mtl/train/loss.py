@@ -76,7 +76,7 @@ def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[
     ordinary = selective if again.kind == "selective" else plain
     if again.kind != "full":
         return ordinary, ordinary, ordinary
-    return ordinary, remat(kept, par.late, 1 if again.away else None), remat(kept, par.late)
+    return ordinary, remat(kept, par.late, 1 if again.away else None, waits=1), remat(kept, par.late, waits=1)
 
 
 def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:

@@ -124,7 +124,7 @@ class Staging:
 
         def one(path: str, x: Tensor) -> Tensor:
             move, x = self._moves[path], x.to(types[path])
-            x = x if move is None else move.to_stage(x)
+            x = x if move is None else move.to_stage(x).contiguous()  # stages are traced on contiguous tensors
             return gather_step(self.inner, self.letters[path], x, self.precision.compute) if self.par.rules.gather == "step" else x
 
         return tree.map_paths(one, params)

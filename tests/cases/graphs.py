@@ -37,6 +37,7 @@ KINDS = {
     "activation": "silu",
     "park": "park",
     "unpark": "unpark",
+    "stored": "stored",
 }
 
 

@@ -1,0 +1,47 @@
+"""A value that a compiler keeps in memory. Left to itself it keeps the parts of a sum, and adds them up anew wherever that is read.
+
+So the residual stream was there every other layer, and where a norm's backward had more than four parts to read, its normalized input was
+kept too, in float32. On an H200, 4 layers of the 8B shape at 2 x 8192 took 34.70 GiB, and take 34.08.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.lowering import register_lowering
+from torch.autograd import Function
+
+_library: Any = torch.library.Library("mtl_memory", "DEF")
+_library.define("stored(Tensor x) -> Tensor")
+for _key in ("CPU", "CUDA", "XPU", "MPS"):
+    _library.impl("stored", torch.clone, _key)
+_library.impl("stored", torch.empty_like, "Meta")
+
+
+@register_lowering(torch.ops.mtl_memory.stored, type_promotion_kind=None)
+def _realize(x: Any) -> Any:
+    x.realize()
+    return x
+
+
+class _Stored(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.mtl_memory.stored(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def stored(x: Tensor) -> Tensor:
+    """Give the same values, which a compiled graph holds in memory. Without a compiler this is a copy."""
+    out = _Stored.apply(x)
+    assert isinstance(out, Tensor)
+    return out
