@@ -98,7 +98,7 @@ def kernel() -> None:
 
 def place(table: str, world: int, precision: str) -> Any:
     """Lay out a run."""
-    shape = MeshShape(fsdp=world) if table == "fsdp" else MeshShape()
+    shape = MeshShape(**{table: world}) if table != "single" else MeshShape()
     par = parallel(CONFIG, sharding_rules.load(table), shape, ROWS // world, PRECISIONS[precision], seq=SEQ)
     return dataclasses.replace(par, fp8=PRECISIONS[precision].fp8)
 
@@ -112,16 +112,16 @@ def batch(par: Any, step: int) -> Any:
     return to_device(par, text[:, :-1][rows], text[:, 1:][rows], rows, torch.float32, {})
 
 
-def losses(table: str = "single", precision: str = "fp8") -> dict[str, list[float]]:
+def losses(table: str = "single", precision: str = "fp8", remat: str = "none") -> dict[str, list[float]]:
     """Give the losses of 30 steps."""
     found: dict[str, list[float]] = {}
     for name in ("bf16", precision):
         policy = PRECISIONS[name]
-        par = place(table, 2 if table == "fsdp" else 1, name)
+        par = place(table, 1 if table == "single" else 2, name)
         specs = decoder.specs(CONFIG)
         optimizer = adamw(decayed(specs))
         state = init_state(specs, par.rules, par.mesh, 1, policy, optimizer)
-        step = make_step(decoder, CONFIG, par, optimizer, schedule("constant", 1e-2, 100, 3), StepOptions(policy))
+        step = make_step(decoder, CONFIG, par, optimizer, schedule("constant", 1e-2, 100, 3), StepOptions(policy, remat))
         found[name] = []
         for i in range(30):
             state, metrics = step(state, batch(par, i))
