@@ -23,6 +23,7 @@ def test_an_update_right_after_the_fence_does_not_reach_the_save(tmp_path: Path,
     state, saver = state_of(0), Saver(host_memory)
     x = torch.randn(4096, 4096, device="cuda")
     saver.prepare(state).join()
+    assert saver._slabs and all(slab.is_pinned() for slab in saver._slabs)
     for step in range(1, 4):
         for _ in range(50):
             x = (x @ x).clamp(-1, 1)  # the device is behind the process

