@@ -107,7 +107,7 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def begin(
-        self, steps: Sequence[int], resume: str, abstract: Callable[[], Any], fresh: Callable[[], Any],
+        self, steps: Sequence[int], resume: str, abstract: Callable[[Contents], Any], fresh: Callable[[], Any],
         place: Callable[[Any], Any] = lambda state: state,
     ) -> Any:  # fmt: skip
         """Restore the newest good step and ``place`` its state where it rests, or make a fresh state. Damaged steps are set aside."""
@@ -201,7 +201,7 @@ class Keeper:
             for hook in hooks:
                 hook(self.first, state, record)
 
-    def _read(self, step: int, abstract: Callable[[], Any]) -> tuple[Contents, Any]:
+    def _read(self, step: int, abstract: Callable[[Contents], Any]) -> tuple[Contents, Any]:
         path = self.store.path(step)
         contents = inspect(path)
         said = contents.host.get("step") if isinstance(contents.host, dict) else None
@@ -216,7 +216,7 @@ class Keeper:
             )
         if self.settings.verify:
             verify(path)
-        return contents, restore(path, abstract())
+        return contents, restore(path, abstract(contents))
 
     def _go_on(self, contents: Contents, state: Any) -> None:
         host = contents.host

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from mtl import checkpoint, params, tree
 from mtl.checkpoint.contents import Contents
 from mtl.data.tokenizers import description
 from mtl.errors import UserError
+from mtl.lora.adapters import Lora
 from mtl.models import decoder
 from mtl.models.grow import grow
 from mtl.models.hf.files import CONFIG
@@ -99,6 +100,13 @@ def with_model(asked: decoder.Config, preset: decoder.Config, start: Start) -> d
             flag = f"--model.{f.name.replace('_', '-')}"
             raise UserError(f"{flag} is {want!r}, but --init brings a model where it is {held!r}: leave the flag out.")
     return replace(start.config, **chosen)
+
+
+def lasting(model: decoder.Config, lora: Lora, optimizer: str) -> dict[str, Any]:
+    """Collect what saved arrays mean, by setting and as JSON has it: a resumed run must find it equal."""
+    own = {f"model.{name.replace('_', '-')}": value for name, value in asdict(model).items() if name not in OF_THE_RUN}
+    thin = {f"lora.{name}": getattr(lora, name) for name in (("rank", "alpha", "targets", "rslora") if lora.rank else ("rank",))}
+    return json.loads(json.dumps({**own, **thin, "optim.name": optimizer}))
 
 
 def built_in(contents: Contents) -> bool:

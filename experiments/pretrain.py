@@ -45,7 +45,7 @@ from mtl.sharding.rules import Rules, check_mesh
 from mtl.train.loop import fit
 from mtl.train.pipelined import Pipeline
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
-from mtl.train.state import abstract_state, init_state
+from mtl.train.state import init_state
 from mtl.train.step import StepOptions
 
 
@@ -62,6 +62,7 @@ def main(caught: Signals | None = None, kind: Kind | None = None) -> None:
     precision = choose_precision(setup, at.device)
     setup, work = (kind or PRETRAIN).work(setup)
     work = work.starting(start)
+    work = work._replace(decides={**work.decides, **initial.lasting(setup.model, setup.lora, setup.optim.name)})
     check(setup, rules, shape, precision, at.device)
     with process.process_group(at):
         options = make_step_options(setup, precision, at.device)
@@ -232,7 +233,7 @@ def run(
     keeper.extra = work.beside
     plan = foretold.foretell(setup, shape, par, options, at.device, at.rank == 0, lambda: packed(work, setup))
     state = keeper.begin(
-        steps, setup.resume, lambda: abstract_state(specs, rules, par.mesh, precision, optimizer),
+        steps, setup.resume, lambda contents: rest.asked(contents, rules, optimizer),
         lambda: rest.fresh(tuned.begin(fresh, work.begin), rules, optimizer), rest.restored,
     )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None

@@ -1,12 +1,13 @@
 """Where a run's state rests: on the device, or with --offload in host memory; and what evaluation takes from there."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments import remat_choice
 from experiments.settings import Experiment
 from mtl import tree
+from mtl.checkpoint.contents import Contents
 from mtl.errors import UserError
 from mtl.optim.transforms import Optimizer
 from mtl.precision import Precision
@@ -15,7 +16,7 @@ from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules
 from mtl.train import offload
 from mtl.train.loss import parse_remat
-from mtl.train.state import TrainState
+from mtl.train.state import TrainState, abstract_state, scaled_for
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,14 @@ class Rest:
             return offload.begin(make, self.specs, self.mesh, self.precision, optimizer, rules=rules)
         return make(specs=self.specs, rules=rules, mesh=self.mesh, precision=self.precision, optimizer=optimizer)
 
+    def asked(self, contents: Contents, rules: Rules, optimizer: Optimizer) -> TrainState:
+        """Say what to restore from a checkpoint: a loss scale where it holds one, whatever the precision is now."""
+        held = any(name.startswith("opt_state.loss_scale.") for name in contents.arrays)
+        return abstract_state(self.specs, rules, self.mesh, replace(self.precision, scaled=held), optimizer)
+
     def restored(self, state: TrainState) -> TrainState:
         """Bring what a checkpoint gave, on the device, to where it rests."""
+        state = scaled_for(state, self.mesh, self.precision)
         return offload.place(state, self.specs, self.mesh, self.precision) if offload.optimizer_state(self.offload) else state
 
     def weights(self, par: Parallel) -> Any:

@@ -37,7 +37,7 @@ class Work(NamedTuple):
     beside: Mapping[str, bytes] = MappingProxyType({})
     """Files that every checkpoint of the run carries on."""
     decides: Mapping[str, Any] = MappingProxyType({})
-    """What decides the samples, by setting, saved with the run: a resumed run must find it equal."""
+    """What decides samples and what the weights mean, by setting, saved with the run: a resumed run must find it equal."""
 
     def starting(self, start: Start | None) -> "Work":
         """Begin with the weights that ``--init`` names, unless this work begins by itself."""

@@ -115,6 +115,38 @@ def test_other_data_is_told_apart(forks: Forks, blend: list[str], tmp_path: Path
     assert [m["step"] for m in metrics(out)] == [1, 2, 3]
 
 
+def test_another_meaning_of_the_weights_is_told_apart(forks: Forks, tmp_path: Path) -> None:
+    """The arrays would fit: only what is done with them is another; or they would not, and the setting says it better than shapes."""
+    arguments = [*MODEL, "--train.seq-len", "32", "--train.steps", "1", "--lora.rank", "2"]
+    run(forks, arguments, tmp_path / "run")
+    again = [*arguments, "--train.steps", "2", "--resume", "auto"]
+    refused = {
+        "model.activation is geglu": ["--model.activation", "geglu"],
+        "model.window is 8": ["--model.window", "8"],
+        "model.layers is 2": ["--model.layers", "2"],
+        "lora.alpha is 99.0": ["--lora.alpha", "99"],
+        "lora.rank is 0": ["--lora.rank", "0"],
+        "optim.name is sgd": ["--optim.name", "sgd"],
+    }
+    for says, flags in refused.items():
+        said = run(forks, [*again, *flags], tmp_path / "run", code=2).text()
+        assert says in said and "a resumed run must keep it. Nothing was changed" in said, said
+    run(forks, [*again, "--lora.dropout", "0.5", "--optim.lr", "1e-4", "--model.z-loss", "1e-3"], tmp_path / "run")
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("bf16", "fp16")])
+def test_precision_may_change_where_losses_are_scaled_in_one_alone(before: str, after: str, forks: Forks, tmp_path: Path) -> None:
+    arguments = [*MODEL, "--train.seq-len", "32", "--optim.schedule", "constant"]
+    run(forks, [*arguments, "--train.steps", "3", "--precision", before], tmp_path / "straight")
+    run(forks, [*arguments, "--train.steps", "1", "--precision", before], tmp_path / "run")
+    said = run(forks, [*arguments, "--train.steps", "3", "--precision", after, "--resume", "must"], tmp_path / "run").text()
+    assert "resumed after step 1" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["loss_scale" in m for m in lines] == [before == "fp16"] + 2 * [after == "fp16"]
+    for a, b in zip(lines, metrics(tmp_path / "straight"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+
+
 def test_megatrons_order_of_a_longer_run_is_told_apart(forks: Forks, blend: list[str], tmp_path: Path) -> None:
     """Where a corpus comes more than once, Megatron-LM's order follows the run's length: going on with it would shuffle anew unseen."""
     arguments = [*MODEL, "--train.seq-len", "32", *blend, "--data.order", "megatron", "--train.eval-samples", "1"]

@@ -50,10 +50,23 @@ def abstract_state(specs: tree.Tree, rules: Rules, mesh: Mesh, precision: Precis
     return _with_optimizer(tree.map_paths(make, specs), device, mesh, precision, optimizer)
 
 
+def scaled_for(state: TrainState, mesh: Mesh, precision: Precision) -> TrainState:
+    """Give a state that was restored the loss scale that a precision has: its own, or a first one, or none."""
+    known = {name: x for name, x in state.opt_state.items() if name != "loss_scale"}
+    if precision.scaled:
+        fresh = tree.map(lambda x: _replicated(x, mesh), _first_scale(torch.device(mesh.device_type)))
+        known["loss_scale"] = state.opt_state.get("loss_scale", fresh)
+    return TrainState(state.step, state.params, known)
+
+
+def _first_scale(device: torch.device) -> dict[str, Tensor]:
+    return {"scale": torch.tensor(FIRST_SCALE, device=device), "good_steps": torch.zeros((), device=device)}
+
+
 def _with_optimizer(params: tree.Tree, device: torch.device, mesh: Mesh, precision: Precision, optimizer: Optimizer) -> TrainState:
     opt_state = {"optimizer": optimizer.init(params)}
     if precision.scaled:
-        opt_state["loss_scale"] = {"scale": torch.tensor(FIRST_SCALE, device=device), "good_steps": torch.zeros((), device=device)}
+        opt_state["loss_scale"] = _first_scale(device)
     step = torch.zeros((), dtype=torch.int64, device=device)
     return tree.map(lambda x: _replicated(x, mesh), TrainState(step, params, opt_state))
 
