@@ -94,6 +94,7 @@ BAD = {
     "warmup": (["tiny", "--optim.warmup-steps", "-1"], "must not be negative"),
     "every": (["tiny", "--remat", "every:²"], "expected none, gather, selective, full or every:N"),
     "rope": (["tiny", "--model.rope-theta", "-1"], "model.rope_theta is -1.0: it must be a number above 0"),
+    "scale": (["tiny", "--model.attention-scale", "nan"], "model.attention_scale is nan"),
     "eps": (["tiny", "--model.norm-eps", "nan"], "model.norm_eps is nan"),
     "loss_impl": (["tiny", "--model.loss-impl", "slow"], "invalid choice 'slow'"),
     "nan": (["tiny", *SHORT, *MODEL, "--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch 0 is"),

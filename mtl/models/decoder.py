@@ -116,6 +116,8 @@ class Config:
             raise unknown("model.activation", self.activation, GATED | PLAIN)
         if not 0 < self.rope_theta < math.inf:
             raise UserError(f"model.rope_theta is {self.rope_theta}: it must be a number above 0.")
+        if self.attention_scale is not None and not math.isfinite(self.attention_scale):
+            raise UserError(f"model.attention_scale is {self.attention_scale}: it must be a finite number, or None for head_size ** -0.5.")
         for name in ("norm_eps", "z_loss", "init_std"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be a number from 0 on.")
