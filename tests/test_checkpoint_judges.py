@@ -12,6 +12,7 @@ import torch
 
 from mtl import checkpoint, tree
 from mtl.checkpoint.arrays import as_numpy
+from mtl.cli import ckpt
 from tests import judges
 from tests.cases.checkpoint import values
 from tests.ranks import Ranks
@@ -65,7 +66,7 @@ def _nested(keys: Any, leaf: Any) -> Any:
     return leaf
 
 
-def test_we_restore_what_orbax_writes(tmp_path: Path) -> None:
+def test_we_restore_what_orbax_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrote = judges.ask("orbax_writers", str(tmp_path))
     target = {
         "params": {"w": torch.empty(3, 4, dtype=torch.bfloat16), "b": torch.empty(4)},
@@ -74,6 +75,8 @@ def test_we_restore_what_orbax_writes(tmp_path: Path) -> None:
         "none": None,
     }
     assert len(wrote["paths"]) == 6
+    ckpt.main(["verify", wrote["paths"][0]])
+    assert "can be read; it is not mtl's" in capsys.readouterr().out
     for path in wrote["paths"]:
         back = digest(checkpoint.restore(path, target))
         for name in ("params", "opt", "none"):

@@ -102,6 +102,14 @@ def test_verify(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "array 'opt.0', file opt.0/c/0" in capsys.readouterr().out
 
 
+def test_a_damaged_newest_is_not_passed_over(run: Path) -> None:
+    newest = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    (newest / "state/_mtl.json").write_text("")
+    for command in ("verify", "inspect"):
+        with pytest.raises(UserError, match=rf"{newest.name}/state/_mtl.json is damaged"):
+            ckpt.main([command, str(run)])
+
+
 def test_export(run: Path, tmp_path: Path) -> None:
     ckpt.main(["export-safetensors", str(run), str(tmp_path / "all.safetensors")])
     ckpt.main(["export-safetensors", str(run), str(tmp_path / "p.safetensors"), "--only", "params."])

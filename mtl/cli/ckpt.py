@@ -208,7 +208,8 @@ def verify(asked: Verify) -> None:
         print(f"damaged: array {name!r}, file {file}: {text}")
     if found.problems:
         raise UserError(f"{path} is damaged in {len(found.problems)} places. Restore another checkpoint.")
-    print(f"{path}: all {found.bytes / 2**20:,.1f} MiB are as they were written")
+    said = "are as they were written" if checkpoint.inspect(path).by_mtl else "can be read; it is not mtl's and may have no checksums"
+    print(f"{path}: all {found.bytes / 2**20:,.1f} MiB {said}")
 
 
 def export(asked: Export) -> None:
