@@ -1,5 +1,7 @@
 """Switched off must fail: collectives and products counted in the captured graph, for every table and remat choice."""
 
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mtl.kernels.stored import stored
+from mtl.runtime.stored import stored, teach_inductor
 from mtl.train.gradient import accumulate
 from tests.ranks import Ranks
 from tests.small import BATCH, SEQ
@@ -76,7 +78,21 @@ def test_what_is_stored_is_a_buffer_of_its_own() -> None:
             graph.run(*given)
         return len(graph.buffers)
 
+    teach_inductor()
     assert buffers(stored) == buffers(lambda x: x) + 1
+
+
+def test_inductor_is_loaded_and_taught_by_who_compiles_alone() -> None:
+    program = """
+import sys
+import mtl.models.decoder
+assert "torch._inductor.lowering" not in sys.modules
+import torch
+from mtl.runtime.compile import compiled
+compiled(len, "inductor")
+assert torch.ops.mtl_memory.stored.default in sys.modules["torch._inductor.lowering"].lowerings
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_block_compile_keeps_remat_and_regather(ranks: Ranks) -> None:

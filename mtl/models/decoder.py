@@ -13,7 +13,6 @@ from torch import Tensor
 from mtl import random
 from mtl.axes import LETTERS
 from mtl.errors import UserError, unknown
-from mtl.kernels.stored import stored
 from mtl.models import token
 from mtl.ops import alibi
 from mtl.ops.attention import attention
@@ -26,6 +25,7 @@ from mtl.ops.norm import layer_norm, rms_norm
 from mtl.ops.remat import remat
 from mtl.ops.rotary import RopeScaling, angles, rotate
 from mtl.params import ParamSpec
+from mtl.runtime.stored import stored
 from mtl.sharding.parallel import Parallel
 
 Params = Mapping[str, Any]

@@ -9,8 +9,8 @@ from torch.func import vjp
 
 from mtl import tree
 from mtl.kernels.host_copy import park, unpark
-from mtl.kernels.stored import stored
 from mtl.ops.late import after
+from mtl.runtime.stored import stored
 
 
 def remat(fn: Callable[..., Tensor], late: bool = False, away: int | None = None, waits: int | None = None) -> Callable[..., Tensor]:

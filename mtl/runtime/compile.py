@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mtl import tree
-from mtl.runtime import overlap, remembered
+from mtl.runtime import overlap, remembered, stored
 from mtl.runtime.fingerprint import fingerprint
 
 _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
@@ -24,6 +24,8 @@ def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool 
     argument counts as constant. A ``blockwise`` graph is differentiated by autograd: there AOTAutograd's search for common expressions is
     off, since it would merge a weight's gather in backward with the one in forward and so keep every gathered weight.
     """
+    if backend == "inductor":
+        stored.teach_inductor()
     graphs: dict[str, tuple[Callable[..., Any], list[Any]]] = {}
 
     def call(*args: Any) -> Any:
