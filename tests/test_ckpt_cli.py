@@ -19,7 +19,7 @@ def state(add: float = 0.0) -> Any:
     """A small train state."""
     return {
         "params": {"w": values((700, 900)) + add, "b": (values((30,)) + add).bfloat16()},
-        "opt": [values((30,)) + add],
+        "opt": [values((30,)) + add, torch.tensor(3.0 + add)],
         "step": torch.tensor(3 + int(add)),
     }
 
@@ -128,6 +128,7 @@ def test_average(run: Path, tmp_path: Path) -> None:
     ckpt.main(["average", *both, "--out", str(tmp_path / "mean")])
     got, want = back(tmp_path / "mean"), state(1.0)
     assert got["params"]["w"].equal(want["params"]["w"]) and got["params"]["b"].equal(want["params"]["b"]) and got["step"] == 5
+    assert got["opt"][0].equal(want["opt"][0]) and got["opt"][1] == 5.0
     found = checkpoint.inspect(tmp_path / "mean")
     assert found.host["average_of"] == both and json.loads(found.read("_model/config.json")) == {"a": 1}
     checkpoint.save(tmp_path / "other", {"params": {"w": values((3, 3))}})

@@ -405,7 +405,7 @@ def test_a_stretched_model_is_exported(kind: Any) -> None:
 def test_an_export_makes_no_value_infinite(tmp_path: Path) -> None:
     known = replace(LLAMA, max_positions=64)
     weights = tree.map(lambda s: torch.ones(s.shape), decoder.specs(known))
-    weights["layers"]["key"]["weight"][1, 0, 0, 0] = -1e5
+    weights["layers"]["key"]["weight"][1, 0, 0] = torch.tensor([-1e5, 1.0, float("inf"), float("nan")])
     checkpoint.save(tmp_path / "ckpt", {"params": weights}, config={"model": asdict(known)})
     with pytest.raises(UserError, match=r"layers\.1\.self_attn\.k_proj\.weight holds 1e\+05, but --dtype float16 ends at 6\.55e\+04"):
         command.main(["export", str(tmp_path / "ckpt"), "--out", str(tmp_path / "back"), "--dtype", "fp16"])

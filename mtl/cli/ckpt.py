@@ -319,7 +319,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _mean(parts: list[Tensor]) -> Tensor:
-    if not parts[0].is_floating_point():
+    if not parts[0].is_floating_point() or not parts[0].ndim:  # counts and scales, which belong to the last
         return parts[-1]
     return (tree.total(p.double() for p in parts) / len(parts)).to(parts[0].dtype)
 

@@ -147,12 +147,11 @@ def unfinished(out: Path) -> Path:
 
 
 def _fits(t: Theirs, values: Tensor) -> None:
-    """Refuse to turn finite values into infinite ones."""
+    """Refuse to turn finite values into infinite ones, whatever stands beside them."""
     most = torch.finfo(t.dtype).max
     if torch.finfo(values.dtype).max > most and values.numel():
-        low, high = values.aminmax()
-        reach = max(-low.item(), high.item())
-        if most < reach < float("inf"):
+        reach = values.abs().nan_to_num(0.0, 0.0).max().item()
+        if reach > most:
             kind = str(t.dtype).removeprefix("torch.")
             raise UserError(f"{t.name} holds {reach:.4g}, but --dtype {kind} ends at {most:.4g}: choose another type.")
 
