@@ -22,6 +22,7 @@ from experiments import checkpoints, foretold, initial, pipelining, planning, re
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment
+from experiments.tensor_overlap import takes_pieces
 from experiments.tuning import Tuning, settled, trained, tuning
 from experiments.work import Kind, Work
 from mtl import params
@@ -135,8 +136,10 @@ def by_engine(setup: Experiment, shape: MeshShape, at: process.Place) -> bool:
 
 def parallel(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place) -> Parallel:
     """Make the mesh and all that a step must know of it."""
+    engine = by_engine(setup, shape, at)
+    pieces = takes_pieces(setup, rules, shape, precision, engine or at.device.type == "cpu")
     mesh, whole = make_mesh(shape, at.device.type), sizes(setup, rules, shape)
-    return Parallel(mesh, rules, whole, precision.reduce, engine=by_engine(setup, shape, at), fp8=precision.fp8)
+    return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8)
 
 
 def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:
@@ -174,6 +177,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
         rules.layout("act", (name,), (known[name],), shape, what)
     make_step_options(setup, precision, device)
+    takes_pieces(setup, rules, shape, precision, setup.transport != "nccl" or device.type == "cpu")
     checkpoints.check(setup.checkpoint)
     pipelining.plan(setup, shape)
     resting.check(setup, shape)
@@ -282,6 +286,7 @@ def resolved(par: Parallel, shape: MeshShape, precision: Precision) -> dict[str,
     rules = par.rules
     tables = {name: dict(getattr(rules, name)) for name in ("store", "compute", "act")}
     how = {"gather": rules.gather, "order": rules.order, "transport": "engine" if par.engine else "collectives"}
+    how["tensor_overlap"] = "on" if par.piecewise else "off"
     return {"rules": rules.name, **tables, **how, "mesh": shape.sizes(), "precision": precision.name}
 
 

@@ -110,6 +110,14 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
+class TensorSettings:
+    """Tensor parallelism, where mesh.tensor is above 1."""
+
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Take products in pieces, beside what copy engines gather for them and sum after them. auto is off."""
+
+
+@dataclass(frozen=True)
 class PipelineSettings:
     """The pipeline, where mesh.pipe is above 1."""
 
@@ -139,6 +147,7 @@ class Experiment:
     """Go on with the run in --out: auto from its newest good checkpoint (from the start if it has none), must from its newest alone."""
     init: Annotated[str | None, tyro.conf.arg(metavar="hf:DIR")] = None
     """Start from the model in a folder of Hugging Face, or from a checkpoint or run of mtl (its folder); the preset says the rest."""
+    tensor: TensorSettings = field(default_factory=TensorSettings)
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     rules: str | None = None
     """Parallel layout: a shipped table's name, a path to a table, or a module; by default chosen from the mesh."""

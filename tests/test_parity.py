@@ -60,9 +60,9 @@ def name(case: Case) -> str:
 
 
 COMPILED: list[Case] = [
-    (("fsdp", 4), "llama", "none", "engine", 1),
-    (("fsdp_tensor", 4), "llama_tied", "full", "engine", 3),
-    (("hsdp", 4), "gpt", "selective", "engine", 1),
+    (("fsdp", 4), "llama", "none", "step+engine", 1),
+    (("fsdp_tensor", 4), "llama_tied", "full", "step+engine", 3),
+    (("hsdp", 4), "gpt", "selective", "step+engine", 1),
     (("fsdp_tensor", 4), "llama", "gather", "step", 1),
     (("tensor", 2), "gpt", "gather", "block", 1),
     (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),

@@ -21,7 +21,7 @@ import tyro
 from experiments import pretrain, remat_choice, resting
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
-from experiments.settings import Experiment, MeshSettings
+from experiments.settings import Experiment, MeshSettings, TensorSettings
 from mtl import params
 from mtl.data.batches import BatchShape, batch_at
 from mtl.data.python_text import python_text
@@ -60,6 +60,7 @@ class Bench:
     """Start gathers ahead of use, where several GPUs talk."""
     transport: Literal["auto", "nccl", "engine"] = "auto"
     """What moves weights and gradients, as pretrain.py takes it."""
+    tensor: TensorSettings = field(default_factory=TensorSettings)
     optimizer: Literal["plain", "fused"] = "plain"
     attention: str = "auto"
     steps: int = 13
@@ -115,7 +116,7 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
     preset = PRESETS[bench.preset]
     model = dataclasses.replace(preset.model, layers=bench.layers or preset.model.layers, attention_impl=bench.attention)
     setup = dataclasses.replace(preset, model=model, mesh=bench.mesh, rules=bench.rules, remat=bench.remat, offload=bench.offload)
-    setup = dataclasses.replace(setup, precision=bench.precision, transport=bench.transport)
+    setup = dataclasses.replace(setup, precision=bench.precision, transport=bench.transport, tensor=bench.tensor)
     rules, shape = pretrain.choose_layout(setup, at.world)
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     total = rows * bench.micro_batch_size * bench.accumulate
@@ -180,11 +181,12 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
     found |= {"tokens_per_second_per_device": round(speed, 1), "step_ms": round(seconds * 1e3, 1), "step_ms_min_max": spread}
     found |= {"first_step_s": round(times[0], 1), "mfu": mfu[0], "mfu_full_attention": mfu[1], "losses": losses}
     found |= {"peak_memory_gib": round(peak_memory_gib(at.device), 2), "date": time.strftime("%Y-%m-%d"), **provenance()}
+    moved = ("engine" if engine else "nccl") + (" in pieces" if bench.tensor.overlap == "on" else "")
     if at.rank == 0:
         share = "" if mfu[0] is None else f"  causal MFU {mfu[0]:.1%}"
         print(
             f"{bench.preset} x{setup.model.layers} {chosen} seq {bench.seq_len} x {bench.micro_batch_size} {bench.precision} "
-            f"compile {bench.compile} remat {setup.remat} offload {bench.offload} {'engine' if engine else 'nccl'} reduce {bench.reduce}: "
+            f"compile {bench.compile} remat {setup.remat} offload {bench.offload} {moved} reduce {bench.reduce}: "
             f"first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  "
             f"{speed:,.0f} tokens/s/device{share}  peak {found['peak_memory_gib']} GiB  loss {losses[0]:.4f} -> {losses[-1]:.4f}",
             flush=True,

@@ -35,7 +35,7 @@ _library.define("collect(Tensor sent, Tensor parts, int[] columns, ScalarType dt
 
 
 @dataclass
-class _Channel:
+class Channel:
     """Memory of one kind of transfer that all members see: a few slots, and counters of what has been done with them."""
 
     slots: int
@@ -66,8 +66,8 @@ class _Channel:
         return [(self.handle.rank + step) % size for step in range(1, size)]
 
 
-_CHANNELS: dict[tuple[str, str, bool], _Channel] = {}
-_SENT: dict[int, tuple[_Channel, int]] = {}
+_CHANNELS: dict[tuple[str, str, bool], Channel] = {}
+_SENT: dict[int, tuple[Channel, int]] = {}
 _LANDED: dict[int, Tensor] = {}
 _TICKETS = itertools.count()
 
@@ -90,7 +90,7 @@ def collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype,
 def _gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str) -> Tensor:
     flat = [shard.flatten(1) for shard in shards]
     rows, columns = flat[0].shape[0], sum(x.shape[1] for x in flat)
-    channel, main = _channel("gather", group, rows * columns * dtype.itemsize), torch.cuda.current_stream()
+    channel, main = open_channel("gather", group, rows * columns * dtype.itemsize), torch.cuda.current_stream()
     me, number = channel.handle.rank, channel.count
     channel.count += 1
     out = flat[0].new_empty((size, rows, columns), dtype=dtype)
@@ -116,7 +116,7 @@ def _gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str) -> 
 
 
 def _send(parts: Tensor, size: int, group: str) -> Tensor:
-    channel = _channel("sum", group, parts.nbytes)
+    channel = open_channel("sum", group, parts.nbytes)
     me, number = channel.handle.rank, channel.count
     channel.count += 1
     pieces = parts.contiguous().view(size, -1)
@@ -189,7 +189,7 @@ for _name, _gpu, _cpu, _shape in (
     torch.library.register_fake(f"mtl_engine::{_name}", _shape, lib=_library)
 
 
-def _channel(kind: str, group: str, size: int) -> _Channel:
+def open_channel(kind: str, group: str, size: int) -> Channel:
     """Give the channel of a group, with slots of at least ``size`` bytes: every member asks in the same order, so all grow it together."""
     large = _one_at_a_time(kind, size)
     known = _CHANNELS.get((kind, group, large))
@@ -231,7 +231,7 @@ def release() -> None:
         _CHANNELS.clear()
 
 
-def _open(slots: int, size: int, group: str, stream: torch.cuda.Stream | None) -> _Channel:
+def _open(slots: int, size: int, group: str, stream: torch.cuda.Stream | None) -> Channel:
     torch.cuda.synchronize()
     members: Any = _c10d._resolve_process_group(group)
     dist.barrier(members)  # no member still uses the old memory
@@ -242,4 +242,4 @@ def _open(slots: int, size: int, group: str, stream: torch.cuda.Stream | None) -
     dist.barrier(members)
     torch.cuda.synchronize()
     events = [torch.cuda.Event() for _ in range(slots)]
-    return _Channel(slots, size, memory, handle, stream or torch.cuda.Stream(priority=-1), events)
+    return Channel(slots, size, memory, handle, stream or torch.cuda.Stream(priority=-1), events)

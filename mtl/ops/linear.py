@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtl.axes import LETTERS
 from mtl.kernels import fp8
+from mtl.ops.piecewise import Gathered, Summed
 from mtl.ops.product import How, Move, Spread, fetched, matrix_of, product
 from mtl.sharding.parallel import Parallel
 
@@ -78,8 +79,9 @@ def project_of(
     if "lora" in p:
         return project(par, spelling, fn(*inner), p, drop)
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
-    y = _products(par, left, [right], inner[0], [p["weight"]], left, (fn, *inner))[0]
-    return _finished(par, spelling, inner[0], y, p.get("bias"), None, None)
+    summed = _summed(par, spelling)
+    y = _products(par, left, [right], inner[0], [p["weight"]], left, (fn, *inner), summed)[0]
+    return _finished(par, spelling, inner[0], y, p.get("bias"), None, None, summed is not None)
 
 
 def linear(
@@ -99,7 +101,9 @@ def linear(
     result. A low-rank adapter adds its two thin products before that sum; what lies between them is gathered, not the activation.
     """
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
-    return _finished(par, spelling, x, _products(par, left, [right], x, [w], _inside(left, spelling))[0], bias, lora, drop)
+    summed = _summed(par, spelling) if lora is None else None  # an adapter is added before the sum
+    y = _products(par, left, [right], x, [w], _inside(left, spelling), None, summed)[0]
+    return _finished(par, spelling, x, y, bias, lora, drop, summed is not None)
 
 
 def _inside(left: str, spelling: str) -> str:
@@ -108,9 +112,10 @@ def _inside(left: str, spelling: str) -> str:
 
 
 def _finished(
-    par: Parallel, spelling: str, x: Tensor, y: Tensor, bias: Tensor | None, lora: Mapping[str, Tensor] | None, drop: Drop | None
-) -> Tensor:
-    """Bring a product to its spelled layout, with what is added to it."""
+    par: Parallel, spelling: str, x: Tensor, y: Tensor, bias: Tensor | None, lora: Mapping[str, Tensor] | None, drop: Drop | None,
+    summed: bool = False,
+) -> Tensor:  # fmt: skip
+    """Bring a product, unless it is ``summed`` already, to its spelled layout, with what is added to it."""
     operands, result = spelling.split("->")
     left, right = operands.split(",")
     shared = "".join(c for c in right if c in left)
@@ -123,16 +128,19 @@ def _finished(
         y = y + more
     source = rest + new
     partial = tuple(axis for c in shared for axis in par.axes(c, "compute"))
-    if partial or result != source:
+    if not summed and (partial or result != source):
         y = par.reshard(y, source, result, partial)
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], inside: str, made: Any = None) -> list[Tensor]:
+def _products(
+    par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], inside: str, made: Any = None, summed: Summed | None = None
+) -> list[Tensor]:
     """Contract the letters that an activation, brought to ``inside``, and each weight at rest share, on this device alone.
 
     One weight for several ``rights`` is theirs side by side.
-    ``made`` may be (fn, *inner), where the activation is fn(*inner) and x only shows its shape.
+    ``made`` may be (fn, *inner), where the activation is fn(*inner) and x only shows its shape. With ``summed`` the sum over devices that
+    the product leaves is taken too.
     """
     shared = "".join(c for c in rights[0] if c in left)
     news = ["".join(c for c in right if c not in left) for right in rights]
@@ -140,29 +148,33 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     for right, new in zip(rights, news, strict=True):
         if (new + shared if transposed else shared + new) != right or left[-len(shared) :] != shared:
             raise ValueError(f"linear cannot spell {left},{right}: contracted letters must end the activation and start or end the weight")
-    spread = _spread(par, left, inside)
+    spread, pieces = _spread(par, left, shared, inside)
     x = x if spread is not None else par.reshard(x, left, inside)
     if len(ws) == len(rights):
         ws = [_padded(par, right, w) for right, w in zip(rights, ws, strict=True)]
     moves = [_move(par, right, w) for right, w in zip(rights, ws, strict=False)]
     if len(ws) > 1 and (transposed or len(shared) > 1 or not _alike(moves, ws, x.dtype, spread is not None)):
+        if spread is not None and not par.parts:  # what several products share is gathered once
+            spread, x = None, par.reshard(x, left, inside)
         left = left if spread is not None else inside
         return [_products(par, left, [right], x, [w], inside)[0] for right, w in zip(rights, ws, strict=True)]
     flat = x.flatten(-len(shared)) if len(shared) > 1 else x
     split = len(news[0]) if transposed else len(shared)
     fn, *inner = made or (None, flat)
-    inner = inner if spread is not None else [part.flatten(0, -2) for part in inner]
+    pieces = pieces or summed
+    inner = inner if spread is not None or pieces is not None else [part.flatten(0, -2) for part in inner]
     lead = [n * spread.size if spread is not None and dim == spread.dim else n for dim, n in enumerate(flat.shape[:-1])]
     eight = par.fp8 if _may_round(rights, math.prod(lead), flat.shape[-1], ws, split, transposed) else None
     copied = not moves[0].gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
     if (moves[0].gathers and par.regather) or (spread is not None and not copied):
-        y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late), *inner, *ws)
-    elif fn is not None or spread is not None or eight:
+        y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late, pieces), *inner, *ws)
+    elif fn is not None or spread is not None or pieces is not None or eight:
         w = fetched(x.dtype, moves[0], split, *ws)
-        y = product(How(fn, spread, split, transposed, eight, Move((), w.dtype, w.dtype), len(inner), par.late), *inner, w)
+        y = product(How(fn, spread, split, transposed, eight, Move((), w.dtype, w.dtype), len(inner), par.late, pieces), *inner, w)
     else:
         matrix = matrix_of(fetched(x.dtype, moves[0], split, *ws), split)
         y = inner[0] @ (matrix.t() if transposed else matrix)
+    lead = lead if summed is None else [lead[0], lead[1] // summed.size]
     sizes = [columns_here(par, right, shared, w) for right, w in zip(rights, ws * len(rights), strict=False)]
     return [
         part.unflatten(0, lead).unflatten(-1, size)
@@ -170,16 +182,35 @@ def _products(par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[T
     ]
 
 
-def _spread(par: Parallel, left: str, inside: str) -> Spread | None:
-    """Tell how an activation that is kept in parts alone becomes whole; None where it is not split, or is gathered and kept."""
-    if left == inside or not par.parts:
-        return None
+def _spread(par: Parallel, left: str, shared: str, inside: str) -> tuple[Spread | None, Gathered | None]:
+    """Tell how an activation that is split becomes whole on its way into a product, and whether it does so in pieces.
+
+    Nothing where it is not split, or is made whole before the product, which then keeps it so.
+    """
+    if left == inside:
+        return None, None
     dim = left.index("R")
     have, want = par.axes("R"), par.axes("S")
     extra = have[len(want) :]
     if have[: len(want)] != want or par.mesh.size(extra) == 1:
+        return None, None
+    size, group = par.mesh.size(extra), par.mesh.group(extra)
+    able = par.piecewise and par.fp8 is None and left[: -len(shared)] == "BR"
+    pieces = Gathered(size, group, keep=not par.parts) if able else None
+    return (Spread(dim, size, group) if par.parts or pieces is not None else None), pieces
+
+
+def _summed(par: Parallel, spelling: str) -> Summed | None:
+    """Tell over which devices a product leaves a sum that is taken in pieces, each device keeping its part of the sequence."""
+    operands, result = spelling.split("->")
+    left, right = operands.split(",")
+    shared = "".join(c for c in right if c in left)
+    partial = tuple(axis for c in shared for axis in par.axes(c, "compute"))
+    if not par.piecewise or par.fp8 is not None or left[: -len(shared)] != "BS" or not result.startswith("BR") or len(partial) != 1:
         return None
-    return Spread(dim, par.mesh.size(extra), par.mesh.group(extra))
+    if par.mesh.size(partial) == 1 or par.axes("R") != (*par.axes("S"), *partial):
+        return None
+    return Summed(par.mesh.size(partial), par.mesh.group(partial))
 
 
 def _may_round(rights: list[str], rows: int, inner: int, ws: list[Tensor], split: int, transposed: bool) -> bool:

@@ -12,6 +12,7 @@ from torch.func import vjp
 
 from mtl.kernels import copy_engine, fp8
 from mtl.ops.late import after
+from mtl.ops.piecewise import Gathered, Summed
 from mtl.sharding.collectives import (
     EXCHANGED,
     exchange_sum_raw,
@@ -149,7 +150,8 @@ class How:
 
     The first ``count`` operands are the activation: rows, or what ``fn`` makes rows of, or with ``spread`` this device's part of it. The
     others are shards of weights, which lie side by side. With ``eight``, how many scales there are, products are taken in 8 bits. ``late``
-    makes what is gathered again wait for the gradient.
+    makes what is gathered again wait for the gradient. With ``pieces`` the product is taken in pieces, which gather the part, or sum over
+    devices: the activation then is [B, S, columns], not rows.
     """
 
     fn: Any
@@ -160,6 +162,7 @@ class How:
     move: Move
     count: int
     late: bool = False
+    pieces: Gathered | Summed | None = None
 
     def rows(self, *inner: Tensor) -> Tensor:
         """Give the activation as rows."""
@@ -214,13 +217,18 @@ class _Product(Function):
     """rows @ the gathered shards, side by side; or fn(*rows) @ them, or a part of the rows, gathered, @ them.
 
     Keeps rows, or parts, and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products). After the product
-    it gives what its sides were scaled by for 8 bits, which backward keeps too.
+    it gives what its sides were scaled by for 8 bits, or what was gathered in pieces to be kept, which backward keeps too.
     """
 
     @staticmethod
     def forward(how: How, *tensors: Tensor) -> tuple[Tensor, ...]:
+        matrix = matrix_of(how.move.fetch(tensors[how.count :], how.split, tensors[0].dtype), how.split)
+        if isinstance(how.pieces, Gathered):
+            return how.pieces.product(tensors[0], matrix, how.transposed)
         rows = how.rows(*tensors[: how.count])
-        return how.forward(rows, matrix_of(how.move.fetch(tensors[how.count :], how.split, rows.dtype), how.split))
+        if how.pieces is not None:
+            return (how.pieces.product(rows, matrix, how.transposed).flatten(0, 1),)
+        return how.forward(rows, matrix)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -240,15 +248,22 @@ class _Product(Function):
         matrix = matrix_of(w, how.split)
         d_inner: Sequence[Tensor | None] = [None] * how.count
         d_matrix: Tensor | None = None
-        if how.spread is not None and wanted and any(wanted_shards):
+        if isinstance(how.pieces, Gathered) and wanted:
+            d_part, *made = how.pieces.pull(grad, inner[0], tuple(scales), matrix, how.transposed, any(wanted_shards))
+            d_inner, d_matrix = [d_part], made[0] if made else None
+        elif how.spread is not None and wanted and any(wanted_shards):
             both: Any = _Pull.apply(how, grad, inner[0], matrix, *scales)
             d_inner, d_matrix = [both[0]], both[1]
         else:
             made: Any = (inner[0], None) if how.fn is None and how.spread is None else vjp(how.rows, *inner)
             rows, pull = made
+            d_rows: Tensor | None = None
+            if isinstance(how.pieces, Summed):
+                d_rows, whole = how.pieces.pull(grad.unflatten(0, (rows.shape[0], -1)), matrix, how.transposed)
+                grad, rows = whole.flatten(0, 1), rows.flatten(0, 1)
             given = how.gradient(grad, wanted, any(wanted_shards))
             if wanted:
-                d_rows = how.to_rows(given, matrix, scales)
+                d_rows = how.to_rows(given, matrix, scales) if d_rows is None else d_rows
                 d_inner = [d_rows] if pull is None else pull(d_rows)
             if any(wanted_shards):  # frozen weights take none
                 d_matrix = how.to_matrix(given, rows, scales)

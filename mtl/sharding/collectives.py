@@ -28,7 +28,7 @@ def all_gather(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
 
 def psum_scatter(x: Tensor, axes: Axes, mesh: Mesh, dim: int = 0) -> Tensor:
     """Sum over ``axes`` and keep this device's part of dimension ``dim``. 16-bit values are summed in float32 and rounded once."""
-    return x if mesh.size(axes) == 1 else _psum_scatter(x, dim, mesh.size(axes), mesh.group(axes))
+    return x if mesh.size(axes) == 1 else psum_scatter_over(x, dim, mesh.size(axes), mesh.group(axes))
 
 
 def psum(x: Tensor, axes: Axes, mesh: Mesh) -> Tensor:
@@ -218,7 +218,8 @@ def gather(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 
 
 @_dynamo.allow_in_graph
-def _psum_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+def psum_scatter_over(x: Tensor, dim: int, size: int, group: str) -> Tensor:
+    """Sum over the members of a group, each of which keeps its part of a dimension."""
     return _PsumScatter.apply(x, dim, size, group)
 
 

@@ -34,6 +34,7 @@ class Parallel:
     parts: bool = False
     late: bool = False
     engine: bool = False
+    piecewise: bool = False
     fp8: Literal["tensor", "rows"] | None = None
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)
 

@@ -63,8 +63,8 @@ def train(table: str, world: int, model: str, remat: str, how: str, micros: int)
     config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     micro = BATCH // (rows * micros)
-    par = replace(parallel(config, rules, shape, micro, precision), engine=how == "engine")
-    how = "step" if how == "engine" else how
+    how, _, more = how.partition("+")  # what moves data: +engine the copy engines, +pieces these beside products too
+    par = replace(parallel(config, rules, shape, micro, precision), engine=bool(more), piecewise=more == "pieces")
     specs = decoder.specs(config)
     optimizer = adamw(decayed(specs))
     state = init_state(specs, rules, par.mesh, 7, precision, optimizer)
