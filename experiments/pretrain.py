@@ -137,7 +137,7 @@ def by_engine(setup: Experiment, shape: MeshShape, at: process.Place) -> bool:
 def parallel(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, at: process.Place) -> Parallel:
     """Make the mesh and all that a step must know of it."""
     engine = by_engine(setup, shape, at)
-    pieces = takes_pieces(setup, rules, shape, precision, engine or at.device.type == "cpu")
+    pieces = takes_pieces(setup, rules, shape, precision, engine or (at.device.type == "cpu" and setup.tensor.overlap == "on"))
     mesh, whole = make_mesh(shape, at.device.type), sizes(setup, rules, shape)
     return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8)
 

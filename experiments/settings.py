@@ -114,7 +114,8 @@ class TensorSettings:
     """Tensor parallelism, where mesh.tensor is above 1."""
 
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Take products in pieces, beside what copy engines gather for them and sum after them. auto is off."""
+    """Take products in pieces, beside what copy engines gather for them and sum after them: auto where copy engines serve the run
+    (see --transport), products are not in 8 bits and there is no pipeline."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from mtl.sharding.rules import Rules
 
 
 def takes_pieces(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precision, engine: bool) -> bool:
-    """Decide it; refuses what was asked for and cannot be."""
-    if setup.tensor.overlap != "on":
+    """Decide it: auto takes them where it can; refuses what was asked for and cannot be."""
+    if setup.tensor.overlap == "off":
         return False
     missing = (
         "mesh.tensor is 1, so products neither gather nor sum over it"
@@ -24,6 +24,6 @@ def takes_pieces(setup: Experiment, rules: Rules, shape: MeshShape, precision: P
         if not engine
         else ""
     )
-    if missing:
+    if missing and setup.tensor.overlap == "on":
         raise UserError(f"tensor.overlap is on, but {missing}. Leave it out, or take off.")
-    return True
+    return not missing

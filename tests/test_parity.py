@@ -67,11 +67,25 @@ COMPILED: list[Case] = [
     (("tensor", 2), "gpt", "gather", "block", 1),
     (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
     (("hsdp", 4), "gpt", "selective", "step", 3),
+    (("tensor", 2), "llama", "none", "step+pieces", 1),
+    (("tensor", 2), "gpt", "gather", "step+pieces", 1),
+    (("tensor", 2), "llama_tied", "full", "block+pieces", 1),
+]
+IN_PIECES: list[Case] = [
+    (("tensor", 4), "llama", "none", "none+pieces", 1),  # two kv heads over four devices
+    (("tensor", 2), "llama_tied", "gather", "none+pieces", 3),
+    (("tensor", 4), "falcon", "full", "none+pieces", 1),
+    (("tensor", 8), "mistral", "selective", "none+pieces", 1),
+    (("fsdp_tensor", 4), "gpt", "none", "none+pieces", 1),
+    (("fsdp_tensor", 8), "alibi", "gather", "none+pieces", 1),
+    (("fsdp_context_tensor", 4), "llama", "none", "none+pieces", 1),
+    (("fsdp_ring_tensor", 4), "llama", "full", "none+pieces", 1),
+    (("fsdp_ulysses_tensor", 4), "gpt", "selective", "none+pieces", 1),
 ]
 """A few on more ranks: tracing for four ranks on two cores takes half a minute."""
 
 
-@pytest.mark.parametrize("case", pairwise(limit_compiled=2) + COMPILED, ids=name)
+@pytest.mark.parametrize("case", pairwise(limit_compiled=2) + COMPILED + IN_PIECES, ids=name)
 def test_mesh_equals_one_device(ranks: Ranks, references: Path, case: Case) -> None:
     check(ranks, references, case)
 

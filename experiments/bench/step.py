@@ -146,7 +146,7 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         )
         batches = BatchShape(total, bench.micro_batch_size, bench.seq_len)
         ready = [batch_at(par, samples, i * total, batches, precision.param) for i in range(4 if not bench.text else bench.steps)]
-        yield setup, f"{rules.name} {shape}", lambda i: step(state, ready[i % len(ready)])[1]
+        yield setup, f"{rules.name} {shape}{' in pieces' if par.piecewise else ''}", lambda i: step(state, ready[i % len(ready)])[1]
 
 
 def profile(bench: Bench, about: str, at: process.Place, run: Callable[[int], Any]) -> None:
@@ -181,12 +181,11 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
     found |= {"tokens_per_second_per_device": round(speed, 1), "step_ms": round(seconds * 1e3, 1), "step_ms_min_max": spread}
     found |= {"first_step_s": round(times[0], 1), "mfu": mfu[0], "mfu_full_attention": mfu[1], "losses": losses}
     found |= {"peak_memory_gib": round(peak_memory_gib(at.device), 2), "date": time.strftime("%Y-%m-%d"), **provenance()}
-    moved = ("engine" if engine else "nccl") + (" in pieces" if bench.tensor.overlap == "on" else "")
     if at.rank == 0:
         share = "" if mfu[0] is None else f"  causal MFU {mfu[0]:.1%}"
         print(
             f"{bench.preset} x{setup.model.layers} {chosen} seq {bench.seq_len} x {bench.micro_batch_size} {bench.precision} "
-            f"compile {bench.compile} remat {setup.remat} offload {bench.offload} {moved} reduce {bench.reduce}: "
+            f"compile {bench.compile} remat {setup.remat} offload {bench.offload} {'engine' if engine else 'nccl'} reduce {bench.reduce}: "
             f"first step {times[0]:.0f} s  step {seconds * 1e3:.0f} ms  "
             f"{speed:,.0f} tokens/s/device{share}  peak {found['peak_memory_gib']} GiB  loss {losses[0]:.4f} -> {losses[-1]:.4f}",
             flush=True,

@@ -2,6 +2,7 @@
 
 import collections
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,13 +39,15 @@ KINDS = {
     "park": "park",
     "unpark": "unpark",
     "stored": "stored",
+    **{name: name for name in ("gather_product", "gather_rows", "product_send", "product_take")},
 }
 
 
 def counts(
-    table: str, world: int, model: str = "llama", remat: str = "none", how: str = "step", pieces: int = 1, away: bool = False
-) -> dict[str, Any]:
-    """Count operations by kind over all graphs, and the elements that the largest gathered weight holds."""
+    table: str, world: int, model: str = "llama", remat: str = "none", how: str = "step", pieces: int = 1, away: bool = False,
+    **moved: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Count operations by kind over all graphs; ``moved`` says how `Parallel` has data moved."""
     config, rules, shape = MODELS[model], sharding_rules.load(table), MESHES[table][world]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     found: collections.Counter[str] = collections.Counter()
@@ -58,16 +61,16 @@ def counts(
         return make_boxed_func(graph.forward)
 
     usual, decoder.MLP_BYTES = decoder.MLP_BYTES, 16 * BATCH // rows * SEQ * config.mlp // pieces
-    run_gradient(table, world, model, remat, how, aot_autograd(fw_compiler=count), away=away)
+    run_gradient(table, world, model, remat, how, aot_autograd(fw_compiler=count), away, **moved)
     decoder.MLP_BYTES = usual
     return {**{kind: found[kind] for kind in KINDS}, "graphs": graphs}
 
 
-def run_gradient(table: str, world: int, model: str, remat: str, how: str, backend: Any, away: bool = False) -> None:
+def run_gradient(table: str, world: int, model: str, remat: str, how: str, backend: Any, away: bool = False, **moved: Any) -> None:
     """Compute one micro-batch's gradient; ``away`` brings inputs of layers to the host."""
     config, rules, shape, precision = MODELS[model], sharding_rules.load(table), MESHES[table][world], PRECISIONS["fp64"]
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
-    par = parallel(config, rules, shape, BATCH // rows, precision)
+    par = replace(parallel(config, rules, shape, BATCH // rows, precision), **moved)
     specs = decoder.specs(config)
     loss = make_loss(decoder, config, par, precision, parse_remat(remat, away), backend if how == "block" else None)
     params = tree.map(to_local, init(specs, rules, par.mesh, 0, precision.param))

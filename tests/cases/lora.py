@@ -52,7 +52,9 @@ def train(
     table: str, world: int, model: str, remat: str = "none", how: str = "none", micros: int = 1, dropout: float = 0.0
 ) -> dict[str, Tensor]:
     """Train three steps in float64: losses, norms and adapters after; the frozen parameters must keep their bits."""
+    how, _, more = how.partition("+")
     config, par, micro = place(table, world, model, micros, dropout)
+    par = replace(par, piecewise=more == "pieces")
     fns, still = lora.trained(decoder, ADAPTERS), lora.frozen(decoder, ADAPTERS)
     specs = started(fns.specs(config))
     base = init(still.specs(config), par.rules, par.mesh, 7, torch.float64)
