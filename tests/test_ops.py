@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl import tree
 from mtl.errors import UserError
+from mtl.kernels import ordered
 from mtl.kernels.attention import KERNELS, attend, choose
 from mtl.kernels.masks import Documents, Mask
 from mtl.ops import cross_entropy as head
@@ -178,16 +179,52 @@ def test_the_fastest_kernel_that_can_is_chosen() -> None:
         choose("flash", q, k, Mask(), None)
 
 
-def test_deterministic_runs_take_no_kernel_that_adds_in_any_order() -> None:
+def test_deterministic_runs_add_up_gradients_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.empty(1, 256, 4, 64, dtype=torch.bfloat16, device="meta")  # stands for a GPU's
     assert choose("auto", q, q, Mask(), None) is KERNELS["cudnn"]
+    calls: list[bool] = []
+    real = ordered.queries
+    monkeypatch.setattr(ordered, "queries", lambda *args: calls.append(args[-2]) or real(*args))
+    lse = torch.empty(1, 4, 256, device="meta")
     torch.use_deterministic_algorithms(True)
     try:
+        monkeypatch.setattr(ordered, "refuses", lambda: None)
+        kernel = choose("auto", q, q, Mask(), None)
+        assert kernel is KERNELS["cudnn"]
+        grads = kernel.backward(q, q, q, q, q, lse, Mask(), None, 0.125)
+        assert calls == [True] and [g.shape for g in grads] == [q.shape] * 3
+        monkeypatch.setattr(ordered, "refuses", lambda: "needs something else")
         assert choose("auto", q, q, Mask(), None) is KERNELS["flash"]
         with pytest.raises(UserError, match="deterministic is on"):
             choose("cudnn", q, q, Mask(), None)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+CASES = [(2, 200, 200, 4, 2, 64, True), (1, 1000, 1000, 8, 2, 128, True), (2, 300, 400, 4, 4, 80, False), (1, 70, 70, 6, 2, 96, True)]
+
+
+GPU = pytest.param("kernel", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("kind", ["meaning", GPU])
+@pytest.mark.parametrize("case", CASES)
+def test_the_ordered_gradient_of_queries_is_autograds(case: tuple[int, ...], kind: str) -> None:
+    batch, queries, length, heads, groups, size, causal = case
+    torch.manual_seed(0)
+    device = "cuda" if kind == "kernel" else "cpu"
+    q, grad = (torch.randn(batch, queries, heads, size, device=device) for _ in range(2))
+    k, v = (torch.randn(batch, length, groups, size, device=device) for _ in range(2))
+    mask = Mask(causal=bool(causal))
+    if kind == "kernel":
+        q, grad, k, v = (x.bfloat16() for x in (q, grad, k, v))
+    wide = [x.double() for x in (grad, q, k, v)]
+    out, lse = KERNELS["plain"].forward(*wide[1:], mask, None, size**-0.5)
+    want = KERNELS["plain"].backward(*wide, out, lse, mask, None, size**-0.5)[0]
+    got = ordered.queries(grad, q, k, v, out.to(q.dtype), lse.float(), bool(causal), size**-0.5)
+    assert got.dtype == q.dtype and (got.double() - want).abs().max() <= (2e-2 if kind == "kernel" else 1e-5) * want.abs().max()
+    again = ordered.queries(grad, q, k, v, out.to(q.dtype), lse.float(), bool(causal), size**-0.5)
+    assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mtl.errors import UserError, unknown
-from mtl.kernels import cpu_documents, plain, varlen
+from mtl.kernels import cpu_documents, ordered, plain, varlen
 from mtl.kernels.masks import Documents, Mask
 from mtl.kernels.plain import Pair, Triple
 
@@ -109,8 +109,8 @@ def _cudnn_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None
         return f"needs a head size up to 128 and divisible by 8, not {q.shape[-1]}"
     if torch.version.hip is not None:
         return "needs an NVIDIA device"
-    if torch.are_deterministic_algorithms_enabled():  # torch does not ask it for its slower, ordered sums
-        return "adds up gradients in any order, and deterministic is on"
+    if torch.are_deterministic_algorithms_enabled() and (why := ordered.refuses()):
+        return f"adds up gradients in any order, deterministic is on, and what adds them up in order {why}"
     return _gpu_refuses(q) or _shape_refuses(q, k, mask, documents)
 
 
@@ -130,6 +130,8 @@ def _cudnn_backward(
     grads = _aten._scaled_dot_product_cudnn_attention_backward(
         *args, lse.unsqueeze(-1), seed, seed, None, None, None, *sizes, 0.0, _causal(q, k, mask), scale=scale
     )
+    if torch.are_deterministic_algorithms_enabled():
+        return ordered.queries(grad, q, k, v, out, lse, _causal(q, k, mask), scale), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
     return grads[0].transpose(1, 2), grads[1].transpose(1, 2), grads[2].transpose(1, 2)
 
 
