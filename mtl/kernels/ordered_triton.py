@@ -34,8 +34,8 @@ def _part(  # pyright: ignore
 
 @triton.jit
 def _queries(  # pyright: ignore
-    grad, q, k, v, lse, delta, dq, grad_b, grad_s, grad_h, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, heads, group, queries, length, scale,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, causal: tl.constexpr,
+    grad, q, k, v, lse, delta, dq, grad_b, grad_s, grad_h, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, heads, group, queries, length,
+    scale, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, causal: tl.constexpr,
 ):  # fmt: skip
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys begin
     batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
