@@ -1,20 +1,18 @@
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false, reportMissingParameterType=false, reportInvalidTypeForm=false
+# pyright: reportIndexIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false
 """The gradient of attention's queries on a GPU: a program has some queries of a head and goes through their keys in order."""
 
-import importlib
-from typing import Any
-
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-triton: Any = importlib.import_module("triton")
-tl: Any = importlib.import_module("triton.language")
 
 ROWS, COLUMNS, WARPS, STAGES = 128, 64, 8, 3
 """Queries and keys at once."""
 
 
 @triton.jit
-def _part(  # pyright: ignore
+def _part(
     dq, q, grad, base, delta, k, v, at, row, step_k, step_v, length, dims, scale,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, masked: tl.constexpr, causal: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +31,7 @@ def _part(  # pyright: ignore
 
 
 @triton.jit
-def _queries(  # pyright: ignore
+def _queries(
     grad, q, k, v, lse, delta, dq, grad_b, grad_s, grad_h, q_b, q_s, q_h, k_b, k_s, k_h, v_b, v_s, v_h, heads, group, queries, length,
     scale, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, causal: tl.constexpr,
 ):  # fmt: skip
