@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS, WARPS, STAGES = 128, 64, 8, 3
-"""Queries and keys at once."""
+SMALL, LARGE = (64, 64, 4, 3), (128, 64, 8, 3)
+"""Queries and keys at once, warps and stages, for heads up to 64 and for larger: the fastest of eight on an H200."""
 
 
 @triton.jit
@@ -68,9 +68,10 @@ def queries(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: T
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     strides = [n for x in (grad, q, k, v) for n in x.stride()[:3]]
     rest = (heads, heads // k.shape[2], count, k.shape[1], scale)
-    _queries[(triton.cdiv(count, ROWS), batch * heads)](
-        grad, q, k, v, lse.contiguous(), delta, dq, *strides, *rest,
-        SIZE=size, PADDED=max(16, triton.next_power_of_2(size)), ROWS=ROWS, COLUMNS=COLUMNS, causal=causal,
-        num_warps=WARPS, num_stages=STAGES,
+    queries_at_once, keys_at_once, warps, stages = SMALL if size <= 64 else LARGE
+    _queries[(triton.cdiv(count, queries_at_once), batch * heads)](
+        grad, q, k, v, lse.contiguous(), delta.contiguous(), dq, *strides, *rest,
+        SIZE=size, PADDED=max(16, triton.next_power_of_2(size)), ROWS=queries_at_once, COLUMNS=keys_at_once, causal=causal,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return dq
