@@ -8,7 +8,7 @@ REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "logsumexp", "var_mean", "na
 OPAQUE = (
     "park", "unpark",
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",
-    "scatter", "cumsum", "sort", "engine_collect", "rounded",
+    "scatter", "cumsum", "sort", "engine_collect", "rounded", "side_by_side", "turned",
 )  # fmt: skip
 _CAUSAL = {
     "_scaled_dot_product_cudnn_attention": 6,

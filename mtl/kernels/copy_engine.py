@@ -1,9 +1,10 @@
 """Gathers and sums between the GPUs of one host by their copy engines: no multiprocessor is taken from the products beside them.
 
 NCCL's kernels hold multiprocessors while they wait for each other; beside them products ran at 660 of 770 TFLOP/s on H200s. Here a
-weight is cast into memory that the peers can read, and each pulls the others' parts; a gradient's parts are pushed into the peers' memory
-and summed there. Who may read or write when is told by counters that streams themselves write and wait for. Sums are those of a
-reduce-scatter in a wider type: parts travel as they are and are added in ``dtype``. On a CPU the same operations are made of gloo's.
+weight is cast, or rounded to 8 bits, into memory that the peers can read, and each pulls the others' parts; a gradient's parts are pushed
+into the peers' memory and summed there. Who may read or write when is told by counters that streams themselves write and wait for. Sums are
+those of a reduce-scatter in a wider type: parts travel as they are and are added in ``dtype``. On a CPU the same operations are made of
+gloo's.
 """
 
 import importlib
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl.kernels import counters
+from mtl.kernels import counters, fp8
 
 GATHERS, SUMS = 4, 3
 """How many gathers and sums may be under way at once."""
@@ -29,7 +30,7 @@ PAGE = 4096
 _symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
 _c10d: Any = importlib.import_module("torch._C._distributed_c10d")
 _library: Any = torch.library.Library("mtl_engine", "DEF")
-_library.define("gather(Tensor[] shards, ScalarType dtype, int size, str group) -> Tensor")
+_library.define("gather(Tensor[] shards, Tensor? scale, ScalarType dtype, int size, str group) -> Tensor")
 _library.define("send(Tensor parts, int size, str group) -> Tensor")
 _library.define("collect(Tensor sent, Tensor parts, int[] columns, ScalarType dtype, int size, str group) -> Tensor[]")
 
@@ -72,9 +73,12 @@ _LANDED: dict[int, Tensor] = {}
 _TICKETS = itertools.count()
 
 
-def gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str) -> Tensor:
-    """Start to gather weights side by side, by rows, in ``dtype``: [rows, ...] each give [size x rows, columns]; `wait_tensor` ends it."""
-    return torch.ops.mtl_engine.gather(shards, dtype, size, group)  # pyright: ignore
+def gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str, scale: Tensor | None = None) -> Tensor:
+    """Start to gather weights side by side, by rows, in ``dtype``: [rows, ...] each give [size x rows, columns]; `wait_tensor` ends it.
+
+    With a scale they are rounded from ``dtype`` to 8 bits by it, and travel so.
+    """
+    return torch.ops.mtl_engine.gather(shards, scale, dtype, size, group)  # pyright: ignore
 
 
 def send(parts: Tensor, size: int, group: str) -> Tensor:
@@ -87,9 +91,10 @@ def collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype,
     return torch.ops.mtl_engine.collect(sent, parts, columns, dtype, size, group)  # pyright: ignore
 
 
-def _gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str) -> Tensor:
+def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str) -> Tensor:
     flat = [shard.flatten(1) for shard in shards]
     rows, columns = flat[0].shape[0], sum(x.shape[1] for x in flat)
+    through, dtype = dtype, dtype if scale is None else fp8.VALUES
     channel, main = open_channel("gather", group, rows * columns * dtype.itemsize), torch.cuda.current_stream()
     me, number = channel.handle.rank, channel.count
     channel.count += 1
@@ -99,7 +104,11 @@ def _gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str) -> 
             channel.await_(main, member, 1, number - channel.slots + 1)
     mine, at = channel.slot(me, number, (rows, columns), dtype), 0
     for x in flat:
-        mine[:, at : at + x.shape[1]].copy_(x)
+        target = mine[:, at : at + x.shape[1]]
+        if scale is None:
+            target.copy_(x)
+        else:
+            fp8.lay(x, scale, through, target)
         at += x.shape[1]
     channel.stream.wait_stream(main)
     with torch.cuda.stream(channel.stream):
@@ -147,9 +156,9 @@ def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype
     return sums
 
 
-def _gather_shape(shards: list[Tensor], dtype: torch.dtype, size: int, group: str) -> Tensor:
+def _gather_shape(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str) -> Tensor:
     columns = sum(x[0].numel() for x in shards)
-    return shards[0].new_empty((size * shards[0].shape[0], columns), dtype=dtype)
+    return shards[0].new_empty((size * shards[0].shape[0], columns), dtype=dtype if scale is None else fp8.VALUES)
 
 
 def _send_shape(parts: Tensor, size: int, group: str) -> Tensor:
@@ -160,10 +169,12 @@ def _collect_shape(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch
     return [parts.new_empty((parts.shape[0] // size, width), dtype=dtype) for width in columns]
 
 
-def _cpu_gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str) -> Tensor:
-    mine = torch.cat([shard.to(dtype).flatten(1) for shard in shards], 1)
+def _cpu_gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str) -> Tensor:
+    flat = [shard.flatten(1) for shard in shards]
+    mine = torch.cat([x.to(dtype) for x in flat], 1) if scale is None else fp8.side_by_side(flat, scale, dtype)
     out = mine.new_empty((size * mine.shape[0], mine.shape[1]))
-    dist.all_gather_into_tensor(out, mine, group=_c10d._resolve_process_group(group))  # pyright: ignore[reportDeprecated]
+    pair = (out, mine) if scale is None else (out.view(torch.uint8), mine.view(torch.uint8))  # gloo knows no 8-bit floats
+    dist.all_gather_into_tensor(*pair, group=_c10d._resolve_process_group(group))  # pyright: ignore[reportDeprecated]
     return out
 
 

@@ -5,11 +5,15 @@ weights travel in e4m3 (3 bits of fraction) and gradients in e5m2 (more range); 
 
 The units that multiply read both sides along the summed dimension, so backward needs what it rounds turned over too. No compiler sees
 inside the rounding: left to inductor, a matrix with several readers was held in float32, four times what it takes in 8 bits.
+
+Weights that rest in parts and whose scale is known are rounded part by part (`side_by_side`), travel in 8 bits, and are turned over as
+bytes (`turned`): the same numbers as those of the whole weight.
 """
 
 import functools
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,6 +26,8 @@ Scales = Literal["tensor", "rows"]
 
 _library: Any = torch.library.Library("mtl_fp8", "DEF")
 _library.define("rounded(Tensor x, Tensor? across, Tensor? down, ScalarType dtype) -> (Tensor, Tensor)", tags=(torch.Tag.flexible_layout,))
+_library.define("side_by_side(Tensor[] parts, Tensor scale, ScalarType through) -> Tensor")
+_library.define("turned(Tensor x) -> Tensor")
 
 
 class Rounded(NamedTuple):
@@ -41,7 +47,11 @@ class Side(NamedTuple):
 def scale_for(x: Tensor, dtype: torch.dtype = VALUES, dim: int | None = None) -> Tensor:
     """Give the factors, in float32, that take the largest absolute values to the format's largest: one, or one for all along ``dim``."""
     # The largest of each row first: this much fuses with what makes the matrix.
-    largest = x.abs().amax(-1).amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    return scale_of(x.abs().amax(-1).amax() if dim is None else x.abs().amax(dim, keepdim=True), dtype)
+
+
+def scale_of(largest: Tensor, dtype: torch.dtype = VALUES) -> Tensor:
+    """Give the factors that take these largest absolute values to the format's largest."""
     return torch.finfo(dtype).max / largest.float().clamp(min=1e-30)
 
 
@@ -67,6 +77,27 @@ def rounded(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.
     """
     op: Any = torch.ops.mtl_fp8.rounded
     return op(x, across, down, dtype)
+
+
+def side_by_side(parts: Sequence[Tensor], scale: Tensor, through: torch.dtype) -> Tensor:
+    """Round matrices (M, N), brought to the type ``through`` first, to 8 bits by one scale, next to each other: (M, all N)."""
+    op: Any = torch.ops.mtl_fp8.side_by_side
+    return op(list(parts), scale, through)
+
+
+def turned(x: Tensor) -> Tensor:
+    """Turn a matrix in 8 bits over: (M, N) to (N, M) in memory."""
+    op: Any = torch.ops.mtl_fp8.turned
+    return op(x)
+
+
+def lay(x: Tensor, scale: Tensor, through: torch.dtype, out: Tensor) -> None:
+    """Round one matrix into ``out``, whose rows may lie apart; see `side_by_side`."""
+    kernel = _kernel() if x.device.type == "cuda" else None
+    if kernel is None:
+        out.copy_(plain(x.to(through), scale, None, VALUES)[0])
+    else:
+        kernel.lay(x, scale, through, out)
 
 
 def multiply(a: Rounded, b: Rounded, dtype: torch.dtype, fast: bool | None = None) -> Tensor:
@@ -100,6 +131,27 @@ def _launch(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.
     return (plain if kernel is None else kernel.rounded)(x, across, down, dtype)
 
 
+def _side_by_side(parts: list[Tensor], scale: Tensor, through: torch.dtype) -> Tensor:
+    out, at = _side_shape(parts, scale, through), 0
+    for x in parts:
+        lay(x, scale, through, out[:, at : at + x.shape[1]])
+        at += x.shape[1]
+    return out
+
+
+def _turn(x: Tensor) -> Tensor:
+    kernel = _kernel() if x.device.type == "cuda" else None
+    return x.view(torch.uint8).t().contiguous().view(x.dtype) if kernel is None else kernel.turned(x)
+
+
+def _side_shape(parts: list[Tensor], scale: Tensor, through: torch.dtype) -> Tensor:
+    return torch.empty((parts[0].shape[0], sum(x.shape[1] for x in parts)), dtype=VALUES, device=scale.device)
+
+
+def _turned_shape(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[1], x.shape[0]))
+
+
 def _shape(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     shapes = (0 if across is None else (rows, columns), 0 if down is None else (columns, rows))
@@ -114,7 +166,9 @@ def _kernel() -> Any:
     return importlib.import_module("mtl.kernels.fp8_triton") if there else None
 
 
-_library.impl("rounded", _launch, "CUDA")
-for _key in ("CPU", "XPU", "MPS"):
-    _library.impl("rounded", plain, _key)
-torch.library.register_fake("mtl_fp8::rounded", _shape, lib=_library)
+for _key in ("CUDA", "CPU", "XPU", "MPS"):
+    _library.impl("rounded", _launch if _key == "CUDA" else plain, _key)
+    _library.impl("side_by_side", _side_by_side, _key)
+    _library.impl("turned", _turn, _key)
+for _name, _fake in (("rounded", _shape), ("side_by_side", _side_shape), ("turned", _turned_shape)):
+    torch.library.register_fake(f"mtl_fp8::{_name}", _fake, lib=_library)

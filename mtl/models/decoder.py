@@ -197,6 +197,11 @@ def together(cfg: Config) -> list[dict[str, str]]:
     return [{"query": "DHK", "key": "DGK", "value": "DGK"}, *gated]
 
 
+def projections(cfg: Config) -> dict[str, str]:
+    """Name the projections of a layer, and the axes of their weights there."""
+    return {name: p["weight"].axes[1:] for name, p in specs(cfg)["layers"].items() if name in PROJECTIONS}
+
+
 def cache_specs(cfg: Config, rows: int, slots: int) -> list[dict[str, ParamSpec]]:
     """Declare what generation keeps of every layer: a key and a value a slot, laid out as the layer makes them."""
     one = ParamSpec((rows, slots, cfg.kv_heads, attended_size(cfg)), "BTGK")

@@ -4,6 +4,7 @@ A product is spelled like an einsum, ``linear(par, "BSD,DHK->BSHK", x, w)``: the
 in compute, the contraction, and the sum over devices that it may leave all follow from the spelling.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ Drop = Callable[[Tensor], Tensor]
 
 def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any], drop: Drop | None = None) -> Tensor:
     """Multiply by a projection at rest: its weight and, where it has them, its bias and its low-rank adapter (`mtl.lora`)."""
-    return linear(par, spelling, x, p["weight"], p.get("bias"), p.get("lora"), drop)
+    return linear(par, spelling, x, p["weight"], p.get("bias"), p.get("lora"), drop, p.get("scale"))
 
 
 def project_all(
@@ -35,10 +36,10 @@ def project_all(
     Weights that lie side by side already are one parameter, under the projections' names `joined`.
     """
     operands = [spelling.split("->")[0].split(",") for spelling in spellings.values()]
-    one = p.get(joined(spellings))
-    ws = [p[name]["weight"] for name in spellings] if one is None else [one["weight"]]
+    names = [joined(spellings)] if joined(spellings) in p else list(spellings)
+    ws, scales = [p[name]["weight"] for name in names], [p[name].get("scale") for name in names]
     inside = _inside(operands[0][0], next(iter(spellings.values())))
-    products = _products(par, operands[0][0], [right for _, right in operands], x, ws, inside)
+    products = _products(par, operands[0][0], [right for _, right in operands], x, ws, inside, scales=scales)
 
     def finished(name: str, y: Tensor) -> Tensor:
         own = p.get(name, {})
@@ -80,7 +81,7 @@ def project_of(
         return project(par, spelling, fn(*inner), p, drop)
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
     summed = _summed(par, spelling)
-    y = _products(par, left, [right], inner[0], [p["weight"]], left, (fn, *inner), summed)[0]
+    y = _products(par, left, [right], inner[0], [p["weight"]], left, (fn, *inner), summed, [p.get("scale")])[0]
     return _finished(par, spelling, inner[0], y, p.get("bias"), None, None, summed is not None)
 
 
@@ -92,6 +93,7 @@ def linear(
     bias: Tensor | None = None,
     lora: Mapping[str, Tensor] | None = None,
     drop: Drop | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Multiply an activation by a weight at rest.
 
@@ -99,10 +101,11 @@ def linear(
     the result's layout (B R D). In ``"BRD,DF->BSF"`` the activation's split sequence (R) is gathered on the way in (`Parallel` says
     whether it is kept so). The bias, of the result's new axes, is at rest too and whole or split like the
     result. A low-rank adapter adds its two thin products before that sum; what lies between them is gathered, not the activation.
+    A weight whose ``scale`` for 8 bits is known (`mtl.ops.scales`) is gathered in them.
     """
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
     summed = _summed(par, spelling) if lora is None else None  # an adapter is added before the sum
-    y = _products(par, left, [right], x, [w], _inside(left, spelling), None, summed)[0]
+    y = _products(par, left, [right], x, [w], _inside(left, spelling), None, summed, [scale])[0]
     return _finished(par, spelling, x, y, bias, lora, drop, summed is not None)
 
 
@@ -134,8 +137,9 @@ def _finished(
 
 
 def _products(
-    par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], inside: str, made: Any = None, summed: Summed | None = None
-) -> list[Tensor]:
+    par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], inside: str, made: Any = None, summed: Summed | None = None,
+    scales: Sequence[Tensor | None] = (None,),
+) -> list[Tensor]:  # fmt: skip
     """Contract the letters that an activation, brought to ``inside``, and each weight at rest share, on this device alone.
 
     One weight for several ``rights`` is theirs side by side.
@@ -157,7 +161,9 @@ def _products(
         if spread is not None and not par.parts:  # what several products share is gathered once
             spread, x = None, par.reshard(x, left, inside)
         left = left if spread is not None else inside
-        return [_products(par, left, [right], x, [w], inside)[0] for right, w in zip(rights, ws, strict=True)]
+        return [
+            _products(par, left, [right], x, [w], inside, scales=[scale])[0] for right, w, scale in zip(rights, ws, scales, strict=True)
+        ]
     flat = x.flatten(-len(shared)) if len(shared) > 1 else x
     split = len(news[0]) if transposed else len(shared)
     fn, *inner = made or (None, flat)
@@ -166,7 +172,12 @@ def _products(
     lead = [n * spread.size if spread is not None and dim == spread.dim else n for dim, n in enumerate(flat.shape[:-1])]
     eight = par.fp8 if _may_round(rights, math.prod(lead), flat.shape[-1], ws, split, transposed) else None
     copied = not moves[0].gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
-    if (moves[0].gathers and par.regather) or (spread is not None and not copied):
+    known = [scale for scale in scales if scale is not None] if eight == "tensor" and moves[0].gathers else []
+    if len(known) == len(ws):
+        scale = functools.reduce(torch.minimum, known)  # that of the largest value of all
+        how = How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late, known=True, keep=not par.regather)
+        y = product(how, *inner, *ws, scale)
+    elif (moves[0].gathers and par.regather) or (spread is not None and not copied):
         y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late, pieces), *inner, *ws)
     elif fn is not None or spread is not None or pieces is not None or eight:
         w = fetched(x.dtype, moves[0], split, *ws)

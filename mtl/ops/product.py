@@ -51,6 +51,25 @@ class Move:
             w = gather_raw(w, dim, size, group)
         return w
 
+    def fetch_rounded(self, shards: Sequence[Tensor], split: int, dtype: torch.dtype, scale: Tensor) -> Tensor:
+        """Bring shards, rounded from a type to 8 bits by a scale that is known, to the weight in use as a matrix; without a derivative."""
+        if self._by_engine(split):
+            _, size, group = self.gathers[0]
+            return wait(copy_engine.gather(list(shards), dtype, size, group, scale))
+        w = fp8.side_by_side([matrix_of(shard, split) for shard in shards], scale, dtype).view(torch.uint8)
+        w = w.view(shards[0].shape if len(shards) == 1 else (*shards[0].shape[:split], w.shape[1]))
+        for dim, size, group in self.gathers:
+            w = gather_raw(w, dim, size, group)
+        return matrix_of(w, split).view(fp8.VALUES)
+
+    def whole(self, shapes: Sequence[torch.Size], split: int) -> list[int]:
+        """Give the shape of the weight in use, from its shards'."""
+        columns = sum(math.prod(shape[split:]) for shape in shapes)
+        whole = list(shapes[0]) if len(shapes) == 1 else [*shapes[0][:split], columns]
+        for dim, size, _ in self.gathers:
+            whole[dim] *= size
+        return whole
+
     def give(self, grad: Tensor, split: int, shapes: Sequence[torch.Size]) -> list[Tensor]:
         """Sum a weight's gradient over devices and cut it into the shards'; without a derivative where it sums."""
         columns = [math.prod(shape[split:]) for shape in shapes]
@@ -96,6 +115,22 @@ class _Fetch(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         move, split = ctx.args
         return None, None, None, *_Give.apply(grad, move, split, ctx.shapes)  # pyright: ignore
+
+
+class _FetchRounded(Function):
+    """Shards at rest to the weight in use in 8 bits, a constant to derivatives."""
+
+    @staticmethod
+    def forward(dtype: torch.dtype, move: Move, split: int, scale: Tensor, *shards: Tensor) -> Tensor:
+        return move.fetch_rounded(shards, split, dtype, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
 
 
 class _Give(Function):
@@ -149,9 +184,10 @@ class How:
     """How a product is taken.
 
     The first ``count`` operands are the activation: rows, or what ``fn`` makes rows of, or with ``spread`` this device's part of it. The
-    others are shards of weights, which lie side by side. With ``eight``, how many scales there are, products are taken in 8 bits. ``late``
-    makes what is gathered again wait for the gradient. With ``pieces`` the product is taken in pieces, which gather the part, or sum over
-    devices: the activation then is [B, S, columns], not rows.
+    others are shards of weights, which lie side by side. With ``eight``, how many scales there are, products are taken in 8 bits; with
+    ``known`` the weights' one scale is a last operand, and they travel in 8 bits. ``late`` makes what is gathered again wait for the
+    gradient; with ``keep`` what travelled in 8 bits is kept, and not gathered again. With ``pieces`` the product is taken in pieces, which
+    gather the part, or sum over devices: the activation then is [B, S, columns], not rows.
     """
 
     fn: Any
@@ -163,6 +199,8 @@ class How:
     count: int
     late: bool = False
     pieces: Gathered | Summed | None = None
+    known: bool = False
+    keep: bool = False
 
     def rows(self, *inner: Tensor) -> Tensor:
         """Give the activation as rows."""
@@ -170,26 +208,32 @@ class How:
             return self.spread.whole(*inner)
         return inner[0] if self.fn is None else self.fn(*inner)
 
-    def forward(self, rows: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Multiply; in 8 bits with one scale a side give these two too."""
+    def forward(self, rows: Tensor, matrix: Tensor, scale: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Multiply; in 8 bits with one scale a side give those that were found too."""
         if not self.eight:
             return (rows @ (matrix.t() if self.transposed else matrix),)
-        a = fp8.side(rows, self.eight, turned=False).plain
-        w = fp8.side(matrix, self.eight, plain=self.transposed, turned=not self.transposed)
-        b = w.plain if self.transposed else w.turned
-        return fp8.multiply(a, b, rows.dtype), *((a.scale, b.scale) if self.eight == "tensor" else ())
+        a, b = fp8.side(rows, self.eight, turned=False).plain, self.rounded(matrix, scale, not self.transposed)
+        found = (a.scale,) if self.known else (a.scale, b.scale)
+        return fp8.multiply(a, b, rows.dtype), *(found if self.eight == "tensor" else ())
+
+    def rounded(self, matrix: Tensor, scale: Tensor | None, turned: bool) -> fp8.Rounded:
+        """Give the weights in 8 bits one way: from what travelled so, or rounded here."""
+        assert self.eight is not None
+        if self.known:
+            assert scale is not None
+            return fp8.Rounded(fp8.turned(matrix) if turned else matrix, scale)
+        w = fp8.side(matrix, self.eight, scale, plain=not turned, turned=turned)
+        return w.turned if turned else w.plain
 
     def gradient(self, grad: Tensor, rows: bool = True, matrix: bool = True) -> Tensor | fp8.Side:
         """Give the gradient as the products take it that make those of the rows and of the matrix."""
         return fp8.side(grad, self.eight, None, rows, matrix, fp8.GRADIENTS) if self.eight else grad
 
-    def to_rows(self, grad: Tensor | fp8.Side, matrix: Tensor, scales: Sequence[Tensor]) -> Tensor:
-        """Give the gradient of the rows."""
+    def to_rows(self, grad: Tensor | fp8.Side, matrix: Tensor, scales: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Give the gradient of the rows, in a type."""
         if isinstance(grad, Tensor):
             return grad @ (matrix if self.transposed else matrix.t())
-        assert self.eight is not None
-        w = fp8.side(matrix, self.eight, scales[1] if scales else None, plain=not self.transposed, turned=self.transposed)
-        return fp8.multiply(grad.plain, w.turned if self.transposed else w.plain, matrix.dtype)
+        return fp8.multiply(grad.plain, self.rounded(matrix, scales[1] if scales else None, self.transposed), dtype)
 
     def to_matrix(self, grad: Tensor | fp8.Side, rows: Tensor, scales: Sequence[Tensor]) -> Tensor:
         """Give the gradient of the matrix."""
@@ -204,7 +248,7 @@ class How:
         made: Any = vjp(self.rows, part)
         rows, back = made
         given = self.gradient(grad)
-        return back(self.to_rows(given, matrix, scales))[0], self.to_matrix(given, rows, scales)
+        return back(self.to_rows(given, matrix, scales, part.dtype))[0], self.to_matrix(given, rows, scales)
 
 
 def product(how: How, *tensors: Tensor) -> Tensor:
@@ -217,12 +261,17 @@ class _Product(Function):
     """rows @ the gathered shards, side by side; or fn(*rows) @ them, or a part of the rows, gathered, @ them.
 
     Keeps rows, or parts, and shards: backward computes fn again and gathers again (ZeRO-3 without recompute of products). After the product
-    it gives what its sides were scaled by for 8 bits, or what was gathered in pieces to be kept, which backward keeps too.
+    it gives what its sides were scaled by for 8 bits, and what travelled in them or was gathered in pieces to be kept, which backward
+    keeps too.
     """
 
     @staticmethod
     def forward(how: How, *tensors: Tensor) -> tuple[Tensor, ...]:
-        matrix = matrix_of(how.move.fetch(tensors[how.count :], how.split, tensors[0].dtype), how.split)
+        shards = tensors[how.count :]
+        if how.known:
+            matrix = how.move.fetch_rounded(shards[:-1], how.split, tensors[0].dtype, shards[-1])
+            return *how.forward(how.rows(*tensors[: how.count]), matrix, shards[-1]), *((matrix,) if how.keep else ())
+        matrix = matrix_of(how.move.fetch(shards, how.split, tensors[0].dtype), how.split)
         if isinstance(how.pieces, Gathered):
             return how.pieces.product(tensors[0], matrix, how.transposed)
         rows = how.rows(*tensors[: how.count])
@@ -241,11 +290,10 @@ class _Product(Function):
         how: How = ctx.how
         # Saved tensors may be wrappers of a torch.func level that has ended (inside remat): a view is not.
         saved = [after(x, grad) if how.late and i < ctx.count else x.view_as(x) for i, x in enumerate(ctx.saved_tensors)]
-        inner, shards, scales = saved[: how.count], saved[how.count : ctx.count], saved[ctx.count :]
-        wanted, wanted_shards = any(ctx.needs_input_grad[1 : 1 + how.count]), ctx.needs_input_grad[1 + how.count :]
-        w = _Fetch.apply(inner[0].dtype, how.move, how.split, *shards)
-        assert isinstance(w, Tensor)
-        matrix = matrix_of(w, how.split)
+        end = ctx.count - how.known
+        inner, shards, scales = saved[: how.count], saved[how.count : end], saved[ctx.count :]
+        wanted, wanted_shards = any(ctx.needs_input_grad[1 : 1 + how.count]), ctx.needs_input_grad[1 + how.count : 1 + end]
+        matrix, scales = _again(how, inner[0].dtype, shards, saved[end : ctx.count], scales)
         d_inner: Sequence[Tensor | None] = [None] * how.count
         d_matrix: Tensor | None = None
         if isinstance(how.pieces, Gathered) and wanted:
@@ -263,15 +311,27 @@ class _Product(Function):
                 grad, rows = whole.flatten(0, 1), rows.flatten(0, 1)
             given = how.gradient(grad, wanted, any(wanted_shards))
             if wanted:
-                d_rows = how.to_rows(given, matrix, scales) if d_rows is None else d_rows
+                d_rows = how.to_rows(given, matrix, scales, inner[0].dtype) if d_rows is None else d_rows
                 d_inner = [d_rows] if pull is None else pull(d_rows)
             if any(wanted_shards):  # frozen weights take none
                 d_matrix = how.to_matrix(given, rows, scales)
         d_shards: list[Tensor | None] = [None] * len(shards)
         if d_matrix is not None:
-            given: Any = _Give.apply(d_matrix.view(w.shape), how.move, how.split, [shard.shape for shard in shards])
+            shapes = [shard.shape for shard in shards]
+            given: Any = _Give.apply(d_matrix.view(how.move.whole(shapes, how.split)), how.move, how.split, shapes)
             d_shards = [part if need else None for part, need in zip(given, wanted_shards, strict=True)]
-        return None, *d_inner, *d_shards
+        return None, *d_inner, *d_shards, *([None] * how.known)
+
+
+def _again(how: How, dtype: torch.dtype, shards: list[Tensor], known: list[Tensor], found: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Give backward its matrix, gathered again or kept, and the scales of both sides."""
+    if not known:
+        w = _Fetch.apply(dtype, how.move, how.split, *shards)
+        assert isinstance(w, Tensor)
+        return matrix_of(w, how.split), found
+    matrix = found[1] if how.keep else _FetchRounded.apply(dtype, how.move, how.split, *known, *shards)
+    assert isinstance(matrix, Tensor)
+    return matrix, [found[0], *known]
 
 
 class _Pull(Function):
@@ -285,7 +345,7 @@ class _Pull(Function):
         spread = how.spread
         assert spread is not None
         started, given = spread.start(part), how.gradient(grad)
-        d_rows = how.to_rows(given, matrix, scales)
+        d_rows = how.to_rows(given, matrix, scales, part.dtype)
         rows = spread.end(started)
         sent = spread.send(d_rows, part.shape)
         d_matrix = how.to_matrix(given, rows, scales)

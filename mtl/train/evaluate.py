@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mtl import tree
 from mtl.ops.linear import gather_step
+from mtl.ops.scales import weight_scales
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled
 from mtl.sharding.collectives import psum
@@ -33,6 +34,7 @@ def make_evaluate(
     def evaluate(params: Any, batches: Iterable[Batch]) -> float:
         with torch.no_grad():
             local = in_use(model, config, par, precision, params)
+            local = tree.join(weight_scales(par, model.projections(config), local["layers"], precision.compute), local)
             sums = [run(local, _micro(batch, i)) for batch in batches for i in range(batch["tokens"].shape[0])]
         entropy, count = torch.stack(sums).sum(0).tolist()
         return entropy / count

@@ -59,7 +59,7 @@ def gather_weights(par: Parallel, letters: tree.Tree, params: tree.Tree, dtype: 
 
 def accumulate(gradient: Gradient, params: tree.Tree, batch: Batch, scale: Tensor, reduce: torch.dtype) -> tuple[tree.Tree, Tensor]:
     """Sum the gradients of the micro-batches (first axis of the batch's per-sample arrays); give the shares [A, 2] of each too."""
-    shared = {"slots", "key", "frozen"}
+    shared = {"slots", "key", "frozen", "scales"}
     shares: list[Tensor] = []
     total: Any = None
     for i in range(batch["tokens"].shape[0]):

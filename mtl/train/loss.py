@@ -25,6 +25,7 @@ class Model(Protocol):
     embed: Any
     beside: Any
     at_layer: Any
+    projections: Any
     block: Any
     head: Any
     logits: Any
@@ -111,12 +112,12 @@ def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, ag
 def make_loss(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Loss:
     """Make ``loss(params, batch)``: this device's share of (loss, cross-entropy), summed over its target tokens.
 
-    A batch may hold ``frozen`` parameters, which the model has beside ``params`` and which take no gradient.
+    A batch may hold ``frozen`` parameters, which the model has beside ``params`` and which take no gradient, and ``scales`` of weights.
     """
     fold = make_fold(model, config, par, precision, again, backend)
 
     def loss(params: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        params = tree.join(batch.get("frozen"), params)
+        params = tree.join(tree.join(batch.get("frozen"), batch.get("scales")), params)
         return model.head(config, par, params, fold(params, batch), batch)
 
     return loss

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mtl import random, tree
 from mtl.errors import UserError, unknown
+from mtl.ops.scales import weight_scales
 from mtl.optim.schedules import Schedule
 from mtl.optim.transforms import Optimizer, clip
 from mtl.precision import Precision
@@ -70,7 +71,7 @@ def make_step(
     weights = weights or offload.weights(specs, options.precision, par, options.offload)
     rest = options.precision.param if weights is not None and par.rules.gather != "step" else None
     gradient = value_and_grad(loss, options.compile, options.backend, settings, rest)
-    letters = tree.map(lambda spec: spec.axes, specs)
+    letters, projections = tree.map(lambda spec: spec.axes, specs), model.projections(config)
     update = make_whole_update(par, letters, optimizer, schedule, options, weights)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
@@ -78,9 +79,9 @@ def make_step(
         with torch.no_grad():
             scale, count = loss_scale(par, local, batch)
             key = random.bits(random.key("dropout", options.seed), local.step)
-            held = local.params if weights is None else weights(local.params)
-            held = gather_weights(par, letters, held, options.precision.compute)
-            grads, shares = accumulate(gradient, held, {**batch, "key": key}, scale, par.reduce)
+            held = gather_weights(par, letters, weights(local.params) if weights else local.params, options.precision.compute)
+            scales = weight_scales(par, projections, tree.join(batch.get("frozen"), held)["layers"], options.precision.compute)
+            grads, shares = accumulate(gradient, held, {**batch, "key": key, "scales": scales}, scale, par.reduce)
             options.before_update()
             metrics = update(local, grads, shares, scale * count, count)
         return state, metrics
