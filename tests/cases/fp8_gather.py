@@ -1,8 +1,10 @@
 """Gradients and steps whose weights are gathered in 8 bits, beside the same with gathers in 16."""
 
 import dataclasses
+import importlib
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharding_rules
+from experiments.resting import Rest
 from mtl import tree
+from mtl.kernels import fp8
 from mtl.lora.adapters import Lora, frozen, trained
 from mtl.models import decoder
 from mtl.ops.scales import weight_scales
@@ -20,8 +24,9 @@ from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.params import decayed, init
 from mtl.precision import PRECISIONS
-from mtl.runtime.overlap import overlap
+from mtl.runtime.overlap import GATHERS, overlap
 from mtl.sharding.shard_map import to_local
+from mtl.train import evaluate as evaluating
 from mtl.train import step as stepping
 from mtl.train.evaluate import make_evaluate
 from mtl.train.frozen import beside, hold
@@ -50,7 +55,7 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
         self.times[name if name != "all_reduce" else f"all_reduce {args[1]}"] += 1
-        self.gathered += out.nbytes if name in ("all_gather_into_tensor", "gather") and isinstance(out, Tensor) else 0
+        self.gathered += out.nbytes if str(func) in GATHERS else 0
         return out
 
     @classmethod
@@ -110,19 +115,21 @@ def without(fn: Any) -> Any:
         stepping.weight_scales = usual
 
 
-def steps(table: str, world: int, micros: int = 1, tuned: bool = False, offload: str = "none") -> Any:
+def steps(table: str, world: int, micros: int = 1, tuned: bool = False, offload: str = "none", precision: str = "fp8") -> Any:
     """Take three steps both ways; with ``tuned`` of adapters beside frozen weights. Are losses and state equal, what did a step send?"""
 
+    policy = PRECISIONS[precision]
+
     def run() -> Any:
-        par = place(table, world, micros=micros)
+        par = place(table, world, precision=precision, micros=micros)
         lora = Lora(4)
         model: Any = trained(decoder, lora) if tuned else decoder
         optimizer = adamw(decayed(model.specs(CONFIG)))
-        state = init_state(model.specs(CONFIG), par.rules, par.mesh, 1, POLICY, optimizer)
-        step = make_step(model, CONFIG, par, optimizer, schedule("constant", 1e-2, 100, 3), StepOptions(POLICY))
+        state = Rest(offload, model.specs(CONFIG), par.mesh, policy).fresh(partial(init_state, seed=1), par.rules, optimizer)
+        step = make_step(model, CONFIG, par, optimizer, schedule("constant", 1e-2, 100, 3), StepOptions(policy, offload=offload))
         if tuned:
             still = frozen(decoder, lora)
-            step = beside(step, hold(still, CONFIG, par, POLICY, init(still.specs(CONFIG), par.rules, par.mesh, 3, torch.float32)))
+            step = beside(step, hold(still, CONFIG, par, policy, init(still.specs(CONFIG), par.rules, par.mesh, 3, torch.float32)))
         numbers: list[Tensor] = []
         for _ in range(3):
             with Traffic() as traffic:
@@ -149,7 +156,7 @@ def graph(table: str, world: int, remat: str = "none", engine: bool = False) -> 
         overlap(module.graph)
         module.recompile()
         nodes = list(module.graph.nodes)
-        gathers = [n for n in nodes if str(n.target).split(".")[1:2] in (["all_gather_into_tensor"], ["gather"])]
+        gathers = [n for n in nodes if str(n.target) in GATHERS]
         sizes: Counter[str] = Counter()
         for node in gathers:
             value = node.meta["val"]
@@ -171,8 +178,6 @@ def graph(table: str, world: int, remat: str = "none", engine: bool = False) -> 
 
 def entropy(table: str, world: int) -> Any:
     """Evaluate both ways."""
-    from mtl.train import evaluate as evaluating
-
     par = place(table, world)
     params = init(decoder.specs(CONFIG), par.rules, par.mesh, 3, torch.float32)
     evaluate = make_evaluate(decoder, CONFIG, par, POLICY)
@@ -183,3 +188,22 @@ def entropy(table: str, world: int) -> Any:
         second = evaluate(params, [data_for(par)] * 2)
     evaluating.weight_scales = usual
     return {"same": first == second, "gathered": [eight.gathered, sixteen.gathered]}
+
+
+def kernels(device: str) -> None:
+    """Hold the kernels against the plain reference; under the interpreter on values that 8 bits hold."""
+    kernel = importlib.import_module("mtl.kernels.fp8_triton")
+    for rows, columns in ((16, 16), (48, 80), (144, 400), (256, 144)):
+        draw = torch.Generator().manual_seed(rows + columns)
+        x = torch.randn(rows, columns, generator=draw) * torch.randn(rows, 1, generator=draw).exp()
+        if device == "cpu":
+            x = x.sign() * 2.0 ** torch.randint(-3, 4, (rows, columns), generator=draw)
+        x, scale = x.to(device), torch.tensor([2.0, 16.0], device=device)[1]
+        for given in (x, x.bfloat16(), x.t().contiguous().t(), torch.cat([x, x], 1)[:, columns:]):
+            for through in (torch.bfloat16, torch.float32):
+                out = torch.zeros(rows, columns + 7, dtype=fp8.VALUES, device=device)
+                kernel.lay(given, scale, through, out[:, 5:-2])
+                want = fp8.plain(given.to(through), scale, scale, fp8.VALUES)
+                assert torch.equal(out[:, 5:-2].view(torch.uint8), want[0].view(torch.uint8)), (rows, columns, through)
+                assert not out[:, :5].view(torch.uint8).any() and not out[:, -2:].view(torch.uint8).any(), "and nothing beside it"
+                assert torch.equal(kernel.turned(out[:, 5:-2]).view(torch.uint8), want[1].view(torch.uint8))
