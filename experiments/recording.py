@@ -16,6 +16,7 @@ from mtl.inspect.plan import Records
 from mtl.inspect.record import Recorder, Trace
 from mtl.kernels import copy_engine
 from mtl.models import decoder
+from mtl.ops.scales import weight_scales
 from mtl.optim.schedules import Schedule
 from mtl.optim.transforms import Optimizer
 from mtl.params import layouts
@@ -155,7 +156,8 @@ def record_gradient(job: Job, layers: int, device: int = 0) -> Trace:
 
         each = par.rules.gather == "step"
         weights = in_use(job, config, local_params(job, config, par, "compute" if each else "store", make), make)
-        batch = local_batch(job, par, make)
+        batch: dict[str, Any] = local_batch(job, par, make)
+        batch["scales"] = weight_scales(par, decoder.projections(config), weights["layers"], precision.compute)
         scale = make((), precision.param)
         gradient = value_and_grad(
             watched, "block" if job.options.compile == "block" else "none", None, rest=None if each else precision.param
@@ -180,7 +182,10 @@ def record_gather(job: Job, device: int = 0) -> Trace:
         with recorder:
             recorder.label("params", state.params)
             loss_scale(par, state, batch)
-            recorder.label("weights", gather_weights(par, letters, state.params, precision.compute), outputs=True)
+            weights = gather_weights(par, letters, state.params, precision.compute)
+            recorder.label("weights", weights, outputs=True)
+            scales = weight_scales(par, decoder.projections(job.config), weights["layers"], precision.compute)
+            recorder.label("scales", scales, outputs=True)
             recorder.sweep()
     return recorder.trace
 

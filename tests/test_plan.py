@@ -160,11 +160,29 @@ def test_llama3_8b_over_four_by_hand() -> None:
     assert rest["optimizer"] == pytest.approx(2 * rest["weights"], abs=8)
 
 
-@pytest.mark.parametrize(("table", "world", "model", "remat"), [
-    ("fsdp", 4, "llama", "none"), ("hsdp", 4, "gpt", "full"), ("fsdp_tensor", 4, "falcon", "selective"), ("zero1", 2, "llama", "none"),
+def test_weights_of_llama3_8b_in_fp8_travel_in_8_bits() -> None:
+    """Layers twice, a byte an element; embedding and head in bf16; gradients as before; scales of 7 weights of 32 layers once, float32."""
+    job, _ = preset_job("llama3_8b", MeshShape(fsdp=4), 2, 8192)
+    eight = dataclasses.replace(job, options=dataclasses.replace(job.options, precision=PRECISIONS["fp8"]))
+    records = {"bf16": recording.record(job), "fp8": recording.record(eight)}
+    layer, table = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336, 128256 * 4096
+    sent = {name: found.total().bytes for name, found in records.items()}
+    assert sent["fp8"]["all_gather", ("fsdp",)] == 2 * 32 * layer + 2 * 2 * table
+    assert sent["fp8"]["all_to_all", ("fsdp",)] == sent["bf16"]["all_to_all", ("fsdp",)]
+    assert sent["fp8"]["all_reduce", ("fsdp",)] - sent["bf16"]["all_reduce", ("fsdp",)] == 4 * 7 * 32
+    times = [found.total().times["all_reduce", ("fsdp",)] for found in records.values()]
+    assert times[1] == times[0] + 1
+
+
+@pytest.mark.parametrize(("table", "world", "model", "remat", "precision"), [
+    ("fsdp", 4, "llama", "none", "fp64"), ("hsdp", 4, "gpt", "full", "fp64"), ("fsdp_tensor", 4, "falcon", "selective", "fp64"),
+    ("zero1", 2, "llama", "none", "fp64"), ("fsdp", 2, "llama", "none", "fp8"),
 ])  # fmt: skip
-def test_slots_of_copy_engines_are_those_of_a_real_step(ranks: Ranks, table: str, world: int, model: str, remat: str) -> None:
-    found = ranks.run("tests.cases.inspect:engine_transfers", world, table=table, world=world, model=model, remat=remat)
+def test_slots_of_copy_engines_are_those_of_a_real_step(
+    ranks: Ranks, table: str, world: int, model: str, remat: str, precision: str
+) -> None:
+    choices = {"table": table, "world": world, "model": model, "remat": remat, "precision": precision}
+    found = ranks.run("tests.cases.inspect:engine_transfers", world, **choices)
     assert {kind for kind, *_ in found["ran"]} == (set() if table == "zero1" else {"gather", "sum"})
     assert set(map(tuple, found["ran"])) == set(map(tuple, found["planned"]))
     assert found["part"] == found["room"]

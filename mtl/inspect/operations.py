@@ -4,7 +4,19 @@ from collections.abc import Mapping
 from typing import Any
 
 MATMULS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_mm", "head_logits", "head_pull_")
-REDUCTIONS = ("sum", "mean", "amax", "amin", "max", "logsumexp", "var_mean", "native_layer_norm", "native_layer_norm_backward", "prod")
+REDUCTIONS = (
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "max",
+    "logsumexp",
+    "var_mean",
+    "native_layer_norm",
+    "native_layer_norm_backward",
+    "prod",
+    "linalg_vector_norm",
+)
 OPAQUE = (
     "park", "unpark",
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",

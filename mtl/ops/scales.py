@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl import tree
 from mtl.axes import MESH_AXES
 from mtl.kernels import fp8
 from mtl.sharding.collectives import pmax
@@ -17,7 +18,7 @@ from mtl.sharding.layout import Axes
 from mtl.sharding.parallel import Parallel
 
 
-def weight_scales(par: Parallel, projections: Mapping[str, str], layers: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def weight_scales(par: Parallel, projections: Mapping[str, str], layers: Mapping[str, Any], dtype: torch.dtype) -> tree.Tree:
     """Find the factors of stacked weights [L, ...] that are gathered layer by layer: name to {"scale": [L]}, to be put beside them.
 
     ``projections`` has the axes of each one's weight in a layer. Factors are those of the weights in use, in ``dtype``, on this device's

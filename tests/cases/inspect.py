@@ -138,18 +138,21 @@ def planned_counts(table: str, world: int, model: str, remat: str, how: str, mic
     return {"times": times, "bytes": spell(found.bytes), "flops": found.matmul_flops}
 
 
-def engine_transfers(table: str, world: int, model: str, remat: str) -> dict[str, Any]:
+def engine_transfers(table: str, world: int, model: str, remat: str, precision: str) -> dict[str, Any]:
     """Run a whole step whose weights and gradients move as copy engines move them; list what took slots, beside what is planned."""
-    job = replace(job_of(table, world, model, remat, "none"), engine=True)
-    par = Parallel(make_mesh(job.mesh, "cpu"), job.rules, job.sizes, job.options.precision.reduce, engine=True)
+    job = job_of(table, world, model, remat, "none")
+    policy = PRECISIONS[precision]
+    job = replace(job, engine=True, options=replace(job.options, precision=policy))
+    par = Parallel(make_mesh(job.mesh, "cpu"), job.rules, job.sizes, policy.reduce, engine=True, fp8=policy.fp8)
     axes_of = {name: "+".join(axes) for axes, name in par.mesh.groups.items()}
     seen: list[tuple[str, str, int]] = []
 
     class Slots(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.mtl_engine.gather.default:
-                shards, dtype, _, group = args
-                seen.append(("gather", axes_of[group], sum(x.numel() for x in shards) * dtype.itemsize))
+                shards, scale, dtype, _, group = args
+                itemsize = dtype.itemsize if scale is None else 1
+                seen.append(("gather", axes_of[group], sum(x.numel() for x in shards) * itemsize))
             if func is torch.ops.mtl_engine.send.default:
                 seen.append(("sum", axes_of[args[2]], args[0].nbytes))
             return func(*args, **(kwargs or {}))
@@ -157,7 +160,7 @@ def engine_transfers(table: str, world: int, model: str, remat: str) -> dict[str
     state = init_state(decoder.specs(job.config), job.rules, par.mesh, 0, job.options.precision, job.optimizer)
     step = make_step(decoder, job.config, par, job.optimizer, job.schedule, job.options)
     with Slots():
-        step(state, batch(par, job.config, 0, job.rows(), False))
+        step(state, batch(par, job.config, 0, job.rows(), False, dtype=policy.param))
     records = record(job, dist.get_rank())
     return {
         "ran": sorted(seen), "planned": sorted(slots(records.few, *[records.more] * (records.rounds > 0))),
