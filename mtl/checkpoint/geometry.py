@@ -18,10 +18,13 @@ from mtl.errors import UserError
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of a part of an array."""
 
-FILE_BYTES = 64 << 20
+FILE_BYTES = 16 << 20
+"""About what a file holds: enough files for every thread, and what is copied for them stays in memory that was used a moment ago."""
 SHARE_BYTES = 1 << 20
 """Copies of a box smaller than this are written by one holder; larger ones are shared out among the holders."""
 TILE_BYTES = 1 << 20
+ROW_BYTES = 1 << 10
+"""Rows of a tile are not cut shorter than half of this while another dimension can be cut."""
 
 
 @dataclass(frozen=True)
@@ -101,26 +104,33 @@ def file_shape(split: Split, itemsize: int) -> tuple[int, ...]:
     """Choose what one file holds: a part, or an even share of it where several hold it or it is large."""
     parts, chunk = split.parts(), list(split.unit())
     copies = math.prod(split.mesh) // math.prod(parts)
-    goal = min(FILE_BYTES, max(math.prod(chunk) * itemsize / copies, SHARE_BYTES))
-    for d, n in enumerate(chunk):
-        pieces = math.ceil(math.prod(chunk) * itemsize / goal)
-        if pieces <= 1:
-            break
-        if parts[d] == 1:
-            chunk[d] = -(-n // min(pieces, n))
-        else:
-            chunk[d] = n // next(k for k in range(min(pieces, n), n + 1) if n % k == 0)
+    share = max(math.prod(chunk) * itemsize / copies, SHARE_BYTES)
+    goal = share / math.ceil(share / (1.1 * FILE_BYTES))
+    for most in (4, max(chunk, default=1)):  # few uneven cuts first: a prime length may be left whole where another dimension can be cut
+        for d, n in enumerate(chunk):
+            size = math.prod(chunk) * itemsize
+            if size <= (1.01 if most == 4 else 4) * goal:
+                break
+            least = min(math.ceil(0.999 * size / goal), n)
+            even = next((k for k in range(least, min(most * least, n) + 1) if n % k == 0), None)
+            if parts[d] == 1:
+                chunk[d] = -(-n // (even if even and 2 * even <= 3 * least and even % copies == 0 else least))
+            elif even:
+                chunk[d] = n // even
     if math.prod(chunk) * itemsize > TILE_BYTES:  # a dimension in one piece may have room at its end, so that tiles divide it
         chunk = [-(-n // 64) * 64 if parts[d] == 1 and n > 256 else n for d, n in enumerate(chunk)]
     return tuple(chunk)
 
 
-def tile_shape(chunk: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Choose tiles of about `TILE_BYTES` that divide a file: single layers first, then every other dimension cut about as often."""
-    tile, cuts = list(chunk), [1] * len(chunk)
+def tile_shape(chunk: Sequence[int], itemsize: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Choose tiles of about `TILE_BYTES` that divide a file: single layers first, then every other dimension cut about as often.
+
+    Cuts into files count up to four, so that an array whose files are rows has tiles for those who read columns.
+    """
+    tile, cuts = list(chunk), [min(4, -(-n // c)) for n, c in zip(shape, chunk, strict=True)]
     while math.prod(tile) * itemsize > TILE_BYTES:
         free = [d for d, n in enumerate(tile) if n > 1]
-        wide = [d for d in free if d < len(tile) - 1 or tile[d] > 128] or free
+        wide = [d for d in free if d < len(tile) - 1 or tile[d] * itemsize > ROW_BYTES] or free
         d = 0 if len(tile) > 2 and 0 in wide else min(wide, key=lambda d: (cuts[d], -tile[d]))
         factor = next(k for k in itertools.count(2) if tile[d] % k == 0 or k * k > tile[d])
         factor = factor if tile[d] % factor == 0 else tile[d]

@@ -33,8 +33,8 @@ FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
 THREADS = min(8, os.cpu_count() or 1)
 ALONE = min(16, os.cpu_count() or 1)
 """The threads of a process that saves alone: to memory, checksums are what takes time."""
-IN_FLIGHT = geometry.FILE_BYTES
-"""Bytes a thread that are handed to tensorstore and not on the disk yet, which is also about what it copies."""
+IN_FLIGHT = 2 * geometry.FILE_BYTES
+"""Bytes a thread that are handed to tensorstore and not written yet, which is also about what it copies."""
 UNFLUSHED = 64
 """How many files a process may have written and not flushed."""
 STREAMED = 128 << 20
@@ -122,7 +122,13 @@ def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -
     shares = geometry.writers(splits, group.world)
     planned = tuple(
         PlannedLeaf(
-            name, keys, split, arrays.dtype_name(x.dtype, name), chunk, geometry.tile_shape(chunk, size), tuple(share.get(group.rank, ()))
+            name,
+            keys,
+            split,
+            arrays.dtype_name(x.dtype, name),
+            chunk,
+            geometry.tile_shape(chunk, size, x.shape),
+            tuple(share.get(group.rank, ())),
         )
         for (name, keys, x), (split, chunk, size), share in zip(leaves, splits, shares, strict=True)
     )
@@ -205,6 +211,7 @@ def write_checkpoint(
 
     The pieces of a wave are on the disk before the next wave is asked for.
     """
+    arrays.keep_pages()
     begun, ctx = time.time(), arrays.context(threads)
     folder = files.unfinished(path) / ITEM
     unlock: list[Callable[[], None]] = []
