@@ -1,4 +1,4 @@
-"""Arrays on disk through tensorstore: zarr3, tiles inside files, crc32c over every tile; and torch memory as numpy sees it."""
+"""Arrays on disk through tensorstore: zarr3, tiles inside files, a checksum over every tile; and torch memory as numpy sees it."""
 
 import functools
 import math
@@ -22,8 +22,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({name: getattr(torch, name)
 """Types a checkpoint can hold, by tensorstore's names."""
 
 SUMMED = {"name": "zstd", "configuration": {"level": -131072, "checksum": True}}
-"""What tiles are written with: frames of raw blocks (the lowest level looks for nothing to compress but zeros) and the xxhash64 of their content.
-tensorstore's crc32c goes through tables, byte for byte, and takes three times as long."""
+"""What tiles are written with: frames of raw blocks (the lowest level looks for nothing but runs of one byte) and an xxhash64 of their content.
+tensorstore as it is packaged computes crc32c by tables, which takes three times as long."""
 
 
 @functools.cache
