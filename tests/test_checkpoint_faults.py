@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ import torch
 from experiments.checkpoints import check_metric
 from experiments.settings import CheckpointSettings
 from mtl import checkpoint, tree
+from mtl.checkpoint import arrays, geometry
 from mtl.checkpoint.background import Saver
 from mtl.checkpoint.files import UNFINISHED, seal, take_lock, unseal
 from mtl.checkpoint.peers import Damaged
@@ -70,6 +72,37 @@ def test_every_flipped_bit_is_found_and_named(good: Path, tmp_path: Path) -> Non
             verify(copy)
         shutil.rmtree(copy)
     assert find_damage(good) == find_damage(good) and not find_damage(good).problems
+
+
+def test_a_flipped_byte_anywhere_in_a_frame_is_found(tmp_path: Path) -> None:
+    state = {"w": torch.randn(600, 700)}
+    checkpoint.save(tmp_path / "c", state)
+    info = checkpoint.inspect(tmp_path / "c").arrays["w"]
+    assert info.tile != info.file
+    chunk = next(p for p in (tmp_path / "c/state/w/c").rglob("*") if p.is_file())
+    data = chunk.read_bytes()
+    frames = [found.start() for found in re.finditer(re.escape(b"\x28\xb5\x2f\xfd"), data)]
+    assert len(frames) >= 2
+    header, block, end = range(20), range(4000, 4020), range(frames[1] - frames[0] - 12, frames[1] - frames[0])
+    for place in (frames[1] + i for i in (*header, *block, *(e for e in end if frames[1] + e < len(data)))):
+        chunk.unlink()  # a reader that gave up may still hold the old one mapped
+        chunk.write_bytes(data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :])
+        with pytest.raises(Damaged, match="'w'"):
+            checkpoint.restore(tmp_path / "c", {"w": torch.empty(600, 700, device="meta")})
+    chunk.unlink()
+    chunk.write_bytes(data)
+    assert checkpoint.restore(tmp_path / "c", state)["w"].equal(state["w"])
+
+
+def test_what_older_versions_wrote_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "SUMMED", {"name": "crc32c"})
+    monkeypatch.setattr(geometry, "FILE_BYTES", 64 << 20)
+    state = {"w": torch.randn(3000, 7000)}
+    checkpoint.save(tmp_path / "c", state)
+    assert json.loads((tmp_path / "c/state/w/zarr.json").read_text())["codecs"][0]["configuration"]["codecs"][1] == {"name": "crc32c"}
+    monkeypatch.undo()
+    assert checkpoint.restore(tmp_path / "c", state)["w"].equal(state["w"])
+    verify(tmp_path / "c")
 
 
 def test_a_subset_is_restored_although_another_array_is_damaged(good: Path) -> None:

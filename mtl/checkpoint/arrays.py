@@ -22,8 +22,8 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType({name: getattr(torch, name)
 """Types a checkpoint can hold, by tensorstore's names."""
 
 SUMMED = {"name": "zstd", "configuration": {"level": -131072, "checksum": True}}
-"""What tiles are written with: frames of raw blocks (the lowest level looks for nothing but runs of one byte) and an xxhash64 of their content.
-tensorstore as it is packaged computes crc32c by tables, which takes three times as long."""
+"""What tiles are written with: frames of raw blocks (the lowest level looks for nothing but runs of one byte) and the xxhash64 of their
+content. tensorstore as it is packaged computes crc32c by tables, which takes three times as long."""
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def as_numpy(x: Tensor) -> Any:
 
 
 def metadata(shape: Sequence[int], dtype: str, chunk: Sequence[int], tile: Sequence[int]) -> dict[str, Any]:
-    """Give an array's zarr.json: files of ``chunk``, in each of them tiles with a checksum."""
+    """Give an array's zarr.json: files of ``chunk``, in each of them tiles with a checksum; a small array is one tile with a crc32c."""
     plain: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     if np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize == 1:
         plain = [{"name": "bytes"}, {"name": "crc32c"}]
