@@ -8,8 +8,6 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, WARPS = 128, 128, 8
-FLAT = 16, 512, 8
-"""The tile of what is not turned over."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -52,10 +50,10 @@ def rounded(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.
 def lay(x: Tensor, scale: Tensor, through: torch.dtype, out: Tensor) -> None:
     """Round a matrix, brought to a type first, into ``out``; see `mtl.kernels.fp8.lay`."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    (rows, columns), (high, wide, warps) = x.shape, FLAT
-    _round[triton.cdiv(rows, high) * triton.cdiv(columns, wide),](
+    rows, columns = x.shape
+    _round[triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),](
         x, out, out, scale, scale, rows, columns, x.stride(0), out.stride(0), torch.finfo(out.dtype).max,
-        PLAIN=True, TURNED=False, EACH=False, THROUGH=TYPES[through], ROWS=high, COLUMNS=wide, num_warps=warps,
+        PLAIN=True, TURNED=False, EACH=False, THROUGH=TYPES[through], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
 
 
