@@ -87,7 +87,7 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
             os.fsync(file.fileno())
 
     programs: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
-        "mtl (crc32c written and verified)": (lambda p: checkpoint.save(p, state), lambda p: checkpoint.restore(p, meta)),
+        "mtl (checksums written, verified)": (lambda p: checkpoint.save(p, state), lambda p: checkpoint.restore(p, meta)),
         **{f"dcp, {n} threads": (dcp_save(n), dcp_load) for n in bench.threads},
         "safetensors": (plain_save, lambda p: tree.map(torch.clone, load_file(p))),
     }
