@@ -1,9 +1,10 @@
 """Trees of tensors: nested dicts, tuples and lists, mapped over and named by path. The only user of torch's pytree."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 
 Tree = Any
@@ -61,10 +62,23 @@ def map_paths(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
 
 
 def join(first: Tree, second: Tree) -> Tree:
-    """Put two nested dicts together; where both have a leaf, the second's counts. None is an empty tree."""
+    """Put two nested dicts, or lists of them, together; where both have a leaf, the second's counts. None is an empty tree."""
+    if isinstance(first, list) and isinstance(second, list):
+        return [join(a, b) for a, b in zip(first, second, strict=True)]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
         return first if second is None else second
     return {**first, **{key: join(first.get(key), value) for key, value in second.items()}}
+
+
+def unstack(tree: Tree) -> list[Tree]:
+    """Take a tree of stacked tensors apart along their first dimension: views."""
+    found, structure = flatten(tree)
+    return [unflatten(structure, each) for each in zip(*(x.unbind(0) for x in found), strict=True)]
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Stack the tensors of equal trees."""
+    return map(lambda *each: torch.stack(each), *trees)
 
 
 def total(values: Iterable[Any]) -> Any:

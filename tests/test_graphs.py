@@ -35,6 +35,7 @@ def test_one_device_and_data_parallel_have_no_collectives_in_a_micro_batch(ranks
         found = counts(ranks, table, world)
         assert found["all_gather"] == found["reduce_scatter"] == found["all_reduce"] == found["all_to_all"] == 0, (table, found)
         assert found["mm"] == 3 * (WEIGHTS * LAYERS + 1)  # forward, and two products backward
+        assert found["unbind"] == 0, "layers come as arguments of their own, so that all share their kernels"
 
 
 def test_fsdp_gathers_every_weight_again_in_backward(ranks: Ranks) -> None:

@@ -71,14 +71,16 @@ def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any, options:
     key = fingerprint((fn, repr(structure))) if backend == "inductor" else None
 
     def whole(*leaves: Any) -> tuple[Any, ...]:
-        asked = key if key is not None and remembered.only_asks_for_shapes(leaves) else None
-        if asked and (found := remembered.recall(asked, leaves)) is not None:
+        asked = remembered.asks_for_shapes(leaves) if key is not None else "no"
+        found = remembered.recall(key, leaves) if key is not None and asked != "no" else None
+        if found is not None and (asked == "shapes" or found.pure):
             result[:] = [found.structure]
             return found.make()
+        before = remembered.versions(leaves) if asked == "shapes" else []
         out, shape_of_result = tree.flatten(fn(*tree.unflatten(structure, leaves)))
         result[:] = [shape_of_result]
-        if asked:
-            remembered.remember(asked, leaves, out, shape_of_result)
+        if key is not None and asked == "shapes":
+            remembered.remember(key, leaves, out, shape_of_result, remembered.is_pure(before, leaves, out))
         return tuple(out)
 
     if key is not None:

@@ -6,11 +6,13 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from mtl import tree
 
@@ -19,10 +21,11 @@ Meta = tuple[list[int], list[int], str, str]
 
 
 class Result(NamedTuple):
-    """The tensors that a function gave, and how they make up its result."""
+    """The tensors that a function gave, and how they make up its result; whether it left its arguments alone, and gave no part of them."""
 
     metas: list[Meta]
     structure: Any
+    pure: bool
 
     def make(self) -> tuple[Tensor, ...]:
         """Make tensors like them, in the fake mode that is on."""
@@ -31,34 +34,56 @@ class Result(NamedTuple):
         )
 
 
-def only_asks_for_shapes(leaves: Sequence[Tensor]) -> bool:
-    """Tell whether a call is Dynamo's, which wants to know shapes: its tensors are fake, nobody records operations or takes derivatives."""
-    derived = torch.is_grad_enabled() and any(x.requires_grad for x in leaves)
-    return not derived and all(type(x) is FakeTensor for x in leaves)
+def versions(leaves: Sequence[Tensor]) -> list[int]:
+    """Count how often each tensor was written; -1 where that is not counted."""
+    return [-1 if x.is_inference() else x._version for x in leaves]  # pyright: ignore[reportPrivateUsage]
+
+
+def is_pure(before: list[int], leaves: Sequence[Tensor], out: Sequence[Any]) -> bool:
+    """Tell whether a call wrote to none of its arguments, and gave tensors with memory of their own."""
+    held = {_memory(x) for x in leaves}
+    return -1 not in before and versions(leaves) == before and not any(_memory(x) in held for x in out if isinstance(x, Tensor))
+
+
+def asks_for_shapes(leaves: Sequence[Tensor]) -> Literal["no", "shapes", "effects"]:
+    """Tell what a call wants to know, if nobody records its operations or takes derivatives.
+
+    Dynamo's call wants shapes: its tensors are fake. AOTAutograd's first wants to know of changed arguments too: its tensors are
+    functional, and nothing is recorded yet.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+        return "no"
+    if all(type(x) is FakeTensor for x in leaves):
+        return "shapes"
+    return "effects" if all(type(x) is FunctionalTensor for x in leaves) and get_proxy_mode() is None else "no"
 
 
 def recall(key: str, leaves: Sequence[Tensor]) -> Result | None:
     """Find what a function of this name gave for arguments of these shapes."""
     try:
         found = json.loads(_file(key, leaves).read_text())
-        return Result([tuple(meta) for meta in found["metas"]], tree.read_structure(found["structure"]))
+        return Result([tuple(meta) for meta in found["metas"]], tree.read_structure(found["structure"]), found["pure"])
     except (OSError, ValueError, KeyError):
         return None
 
 
-def remember(key: str, leaves: Sequence[Tensor], out: Sequence[Any], structure: Any) -> None:
+def remember(key: str, leaves: Sequence[Tensor], out: Sequence[Any], structure: Any, pure: bool) -> None:
     """Keep what a function gave; where the folder cannot be written to, or the structure not be spelled, nothing is kept."""
     if not all(isinstance(x, Tensor) for x in out):
         return
     file = _file(key, leaves)
     try:
-        text = json.dumps({"metas": [_meta(x) for x in out], "structure": tree.spell_structure(structure)})
+        text = json.dumps({"metas": [_meta(x) for x in out], "structure": tree.spell_structure(structure), "pure": pure})
         file.parent.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
         own.write_text(text)
         own.replace(file)
     except (OSError, NotImplementedError):
         return
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 def _meta(x: Tensor) -> Meta:

@@ -81,7 +81,10 @@ def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[
 
 
 def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:
-    """Make ``fold(params, batch)``, the residual stream after the last layer. With ``backend``, each block is compiled (once for all)."""
+    """Make ``fold(params, batch)``, the residual stream after the last layer. With ``backend``, each block is compiled (once for all).
+
+    Layers are stacked tensors, or a list of each one's.
+    """
     if par.mesh.shape.pipe > 1:
         raise ValueError("layers lie on a pipeline: mtl.train.pipelined makes steps and evaluations for it")
 
@@ -95,15 +98,15 @@ def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, ag
 
     def fold(params: Any, batch: Batch) -> Tensor:
         x, stream = model.embed(config, par, params, batch, precision.compute)
-        pieces, structure = tree.flatten(params["layers"])
-        layers, last = zip(*(piece.unbind(0) for piece in pieces), strict=True), pieces[0].shape[0] - 1
-        for i, leaves in enumerate(layers):
-            which = 0 if i % again.every else 2 if again.away and i == last else 1
+        layers: Any = params["layers"]
+        layers = layers if isinstance(layers, list) else tree.unstack(layers)
+        for i, p in enumerate(layers):
+            which = 0 if i % again.every else 2 if again.away and i == len(layers) - 1 else 1
             kind = model.at_layer(config, i), which
             if kind not in known:
                 known[kind] = runner(*kind)
             extra = {"key": model.layer_key(stream["key"], i)} if "key" in stream else {}
-            x = known[kind](tree.unflatten(structure, leaves), x, stream | extra)
+            x = known[kind](p, x, stream | extra)
         return x
 
     return fold

@@ -40,6 +40,7 @@ KINDS = {
     "unpark": "unpark",
     "stored": "stored",
     **{name: name for name in ("gather_product", "gather_rows", "product_send", "product_take")},
+    "unbind": "unbind",
 }
 
 
