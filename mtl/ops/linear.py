@@ -187,10 +187,8 @@ def _products(
         y = inner[0] @ (matrix.t() if transposed else matrix)
     lead = lead if summed is None else [lead[0], lead[1] // summed.size]
     sizes = [columns_here(par, right, shared, w) for right, w in zip(rights, ws * len(rights), strict=False)]
-    return [
-        part.unflatten(0, lead).unflatten(-1, size)
-        for part, size in zip(y.split([math.prod(size) for size in sizes], -1), sizes, strict=True)
-    ]
+    parts = y.split([math.prod(size) for size in sizes], -1) if len(sizes) > 1 else [y]  # the derivative of a split would copy
+    return [part.view(*lead, *size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def _spread(par: Parallel, left: str, shared: str, inside: str) -> tuple[Spread | None, Gathered | None]:
