@@ -66,7 +66,7 @@ def join(first: Tree, second: Tree) -> Tree:
     if isinstance(first, list) and isinstance(second, list):
         return [join(a, b) for a, b in zip(first, second, strict=True)]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
     if not isinstance(first, Mapping) or not isinstance(second, Mapping):
-        return first if second is None else second
+        return first if second is None or (isinstance(first, list) and second == {}) else second
     return {**first, **{key: join(first.get(key), value) for key, value in second.items()}}
 
 

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
+from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import Scheduler
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mtl.runtime.compile import inductor_options
 from mtl.runtime.stored import stored, teach_inductor
 from mtl.train.gradient import accumulate
 from tests.ranks import Ranks
@@ -81,6 +85,30 @@ def test_what_is_stored_is_a_buffer_of_its_own() -> None:
 
     teach_inductor()
     assert buffers(stored) == buffers(lambda x: x) + 1
+
+
+def test_inductor_looks_for_fusions_near_by_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All layers read the rotary angles: were each compared with every other, compile times would grow with their number squared."""
+
+    def tried(layers: int) -> int:
+        def fn(x: Tensor, w: Tensor, shared: Tensor) -> Tensor:
+            for _ in range(layers):
+                x = (x @ w) * shared
+            return x
+
+        given = [torch.ones(64, 64) for _ in range(3)]
+        graph = GraphLowering(make_fx(fn)(*given))
+        calls: list[int] = []
+        usual = Scheduler.can_fuse
+        monkeypatch.setattr(Scheduler, "can_fuse", lambda *args: calls.append(0) or usual(*args))
+        options = inductor_config.patch(inductor_options("inductor", 1, "cpu", True))
+        with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()), options:
+            graph.run(*given)
+            Scheduler(graph.operations)
+        monkeypatch.undo()
+        return len(calls)
+
+    assert 0 < tried(48) < 2.5 * tried(24)
 
 
 def test_inductor_is_loaded_and_taught_by_who_compiles_alone() -> None:

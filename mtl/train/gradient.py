@@ -56,8 +56,8 @@ def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None, rest
     run = compiled(functional_apart, backend, options=options)
 
     def gradient(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
-        frozen = {"frozen": apart(batch["frozen"])} if "frozen" in batch else {}
-        return run(apart(params), {**batch, **frozen}, scale)
+        beside = {name: apart(batch[name]) for name in ("frozen", "scales") if name in batch}
+        return run(apart(params), {**batch, **beside}, scale)
 
     return gradient
 
