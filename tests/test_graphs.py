@@ -65,16 +65,18 @@ def test_selective_remat_repeats_the_cheap_parts_alone(ranks: Ranks) -> None:
     assert selective["activation"] == plain["activation"] == 2 * LAYERS, "the MLP's activation always is"
 
 
-def test_the_residual_stream_is_in_memory_after_attention_and_after_the_mlp(ranks: Ranks) -> None:
-    assert counts(ranks, "single", 1)["stored"] == 2 * LAYERS
+def test_the_residual_stream_and_what_attention_reads_are_in_memory(ranks: Ranks) -> None:
+    stream, qkv = 2, 3
+    assert counts(ranks, "single", 1)["stored"] == (stream + qkv) * LAYERS
     # Computed again, a layer stores the sum of its input (which waits for the gradient) and of attention; what follows nothing needs.
-    assert counts(ranks, "fsdp", remat="full")["stored"] == 4 * LAYERS
+    assert counts(ranks, "fsdp", remat="full")["stored"] == 2 * (stream + qkv) * LAYERS
 
 
-def test_what_is_stored_is_a_buffer_of_its_own() -> None:
+@pytest.mark.parametrize("make", [lambda x, y: x + y, lambda x, y: x[:, :32]], ids=["sum", "view"])
+def test_what_is_stored_is_a_buffer_of_its_own(make: Any) -> None:
     def buffers(keep: Any) -> int:
         def fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            total = keep(x + y)
+            total = keep(make(x, y))
             return total.exp().sum(-1), total.sin()
 
         given = [torch.ones(64, 64), torch.ones(64, 64)]

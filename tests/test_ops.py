@@ -6,9 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch.func import vjp
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +33,7 @@ from mtl.ops.norm import layer_norm, rms_norm
 from mtl.ops.remat import remat
 from mtl.ops.rotary import angles, rotate
 from mtl.sharding.parallel import Parallel
+from mtl.train.gradient import value_and_grad
 from tests.compare import close, same
 
 One = Callable[..., Parallel]
@@ -290,6 +297,17 @@ def test_rotary_is_a_rotation_of_complex_numbers(pairs: str) -> None:
     assert same(got[0, 0], x[0, 0]), "position 0 does not turn"
 
 
+@pytest.mark.parametrize("pairs", ["half", "interleaved"])
+def test_rotary_concatenates_nothing_which_a_compiler_would_store(pairs: str) -> None:
+    def fn(x: Tensor, cos: Tensor, sin: Tensor, grad: Tensor) -> Any:
+        out, pull = vjp(lambda x: rotate(x, cos, sin, pairs), x)
+        return out, pull(grad)
+
+    graph = make_fx(fn)(torch.ones(2, 5, 3, 8), torch.ones(2, 5, 4), torch.ones(2, 5, 4), torch.ones(2, 5, 3, 8))
+    names = [str(node.target) for node in graph.graph.nodes]
+    assert not [name for name in names if any(part in name for part in ("cat", "stack", "slice", "select", "copy"))], names
+
+
 def test_angles_are_right_to_float32s_precision() -> None:
     positions = torch.tensor([[0, 1, 5, 63, 2047], [9, 8, 2, 0, 31]])
     cos, sin = angles(positions, 16, 10000.0)
@@ -399,6 +417,31 @@ def test_fused_cross_entropy_keeps_to_its_tiles(one: One, monkeypatch: pytest.Mo
             cross_entropy(one(vocab=VOCAB, embed=WIDTH), "DV", x, w, targets, weights, impl=impl)[0].backward()
         found[impl] = rows.most
     assert found == {"plain": 21, "fused": 5}
+
+
+def test_gradients_that_the_head_has_finished_are_not_written_again(one: One) -> None:
+    """The loss's scale is in them from the first, and a head that does not travel takes the gradient as it was summed."""
+    par, found = one(vocab=VOCAB, embed=WIDTH), {}
+
+    def loss(params: Any, batch: Any) -> Any:
+        return cross_entropy(par, "DV", batch["x"], params["w"], batch["targets"], batch["weights"], impl="fused")
+
+    def late(params: Any, batch: Any) -> Any:
+        return tuple(0.3 * part for part in loss(params, batch))
+
+    batch = {"x": draw(0, *TOKENS, WIDTH).bfloat16(), "targets": torch.zeros(TOKENS, dtype=torch.int64), "weights": torch.ones(TOKENS)}
+    for fn in (loss, late):
+
+        def look(graph: Any, _: Any, fn: Any = fn) -> Any:
+            joint_graph_passes(graph)
+            made = [str(n.target) for n in graph.graph.nodes if getattr(n.meta.get("val"), "shape", ()) == (WIDTH, VOCAB)]
+            found[fn] = [name for name in made if any(part in name for part in ("mul", "copy", "convert"))]
+            return make_boxed_func(graph.forward)
+
+        backend = aot_autograd(fw_compiler=look, decompositions=select_decomp_table())
+        value_and_grad(fn, "step", backend)({"w": draw(1, WIDTH, VOCAB).float()}, batch, torch.tensor(0.37))
+    assert len(found[loss]) == 1, "the head is cast to the type of compute"
+    assert len(found[late]) == 2, "a scale that comes late is not"
 
 
 def test_logits_and_unknown_losses(one: One) -> None:

@@ -54,7 +54,7 @@ def matmul_shape(name: str, args: Any) -> tuple[int, ...]:
     if name not in MATMULS:
         return ()
     if name == "head_pull_":  # gradients of the head, of its input, or of both
-        return (int(args[1] is not None) + int(args[-1]), args[2].shape[0], args[3].shape[0], args[3].shape[1])
+        return (int(args[1] is not None) + int(args[2] is not None), args[3].shape[0], args[4].shape[0], args[4].shape[1])
     a, b = (args[1], args[2]) if name in ("addmm", "baddbmm") else (args[0], args[1])
     batch = a.shape[0] if a.dim() == 3 else 1
     return (batch, a.shape[-2], b.shape[-1], a.shape[-1])

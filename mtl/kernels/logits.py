@@ -15,8 +15,8 @@ _library: Any = torch.library.Library("mtl_head", "DEF")
 _ANY = (torch.Tag.flexible_layout,)  # else the compiler casts the head anew for every tile
 _library.define("head_logits(Tensor x, Tensor w, Tensor targets, int real, Tensor? after) -> (Tensor, Tensor, Tensor, Tensor)", tags=_ANY)
 _library.define(
-    "head_pull_(Tensor(a!) logits, Tensor(b!)? dw, Tensor x, Tensor w, Tensor targets, Tensor lse, Tensor share, Tensor hit, int real, "
-    "bool first, bool want_x) -> Tensor",
+    "head_pull_(Tensor(a!) logits, Tensor(b!)? dw, Tensor(c!)? dx, Tensor x, Tensor w, Tensor targets, Tensor lse, Tensor share, "
+    "Tensor hit, int real, int row) -> ()",
     tags=_ANY,
 )
 
@@ -32,15 +32,16 @@ def head_logits(x: Tensor, w: Tensor, targets: Tensor, real: int, after: Tensor 
 
 
 def head_pull_(
-    logits: Tensor, dw: Tensor | None, x: Tensor, w: Tensor, targets: Tensor, lse: Tensor, share: Tensor, hit: Tensor, real: int,
-    first: bool, want_x: bool,
-) -> Tensor:  # fmt: skip
-    """Turn logits, which are lost, into gradients: exp(logit - lse) x share, less ``hit`` at the target. Gives that of x.
+    logits: Tensor, dw: Tensor | None, dx: Tensor | None, x: Tensor, w: Tensor, targets: Tensor, lse: Tensor, share: Tensor, hit: Tensor,
+    real: int, row: int,
+) -> None:  # fmt: skip
+    """Turn logits, which are lost, into gradients: exp(logit - lse) x share, less ``hit`` at the target.
 
-    That of w is written to ``dw`` if this is the ``first`` tile, else added to it, in dw's type.
+    That of x, a tile, is written to ``dx``, which has all tokens, from a ``row`` on. That of w is written to ``dw`` by the tile at row 0,
+    and added to it by the others, in dw's type.
     """
     op: Any = torch.ops.mtl_head.head_pull_
-    return op(logits, dw, x, w, targets, lse, share, hit, real, first, want_x)
+    op(logits, dw, dx, x, w, targets, lse, share, hit, real, row)
 
 
 def _head_logits(x: Tensor, w: Tensor, targets: Tensor, real: int, after: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -58,21 +59,22 @@ def _head_logits(x: Tensor, w: Tensor, targets: Tensor, real: int, after: Tensor
 
 
 def _head_pull_(
-    logits: Tensor, dw: Tensor | None, x: Tensor, w: Tensor, targets: Tensor, lse: Tensor, share: Tensor, hit: Tensor, real: int,
-    first: bool, want_x: bool,
-) -> Tensor:  # fmt: skip
+    logits: Tensor, dw: Tensor | None, dx: Tensor | None, x: Tensor, w: Tensor, targets: Tensor, lse: Tensor, share: Tensor, hit: Tensor,
+    real: int, row: int,
+) -> None:  # fmt: skip
     if logits.device.type == "cuda" and logits.dtype != torch.float64:
         _triton().to_gradient_(logits, targets, lse, share, hit, real)
     else:
         _to_gradient_(logits, targets, lse, share, hit, real)
     if dw is not None and dw.dtype == x.dtype:
-        torch.addmm(dw, x.t(), logits, beta=0 if first else 1, out=dw)
+        torch.addmm(dw, x.t(), logits, beta=1 if row else 0, out=dw)
     elif dw is not None and x.device.type == "cuda":  # 16-bit factors, summed and kept in float32: cuBLAS adds where the sum lies
-        torch.ops.aten.addmm.dtype_out(dw, x.t(), logits, dw.dtype, beta=0 if first else 1, out=dw)  # pyright: ignore
+        torch.ops.aten.addmm.dtype_out(dw, x.t(), logits, dw.dtype, beta=1 if row else 0, out=dw)  # pyright: ignore
     elif dw is not None:
         part = x.t().to(dw.dtype) @ logits.to(dw.dtype)
-        dw.copy_(part) if first else dw.add_(part)
-    return logits @ w.t() if want_x else x.new_empty(0)
+        dw.add_(part) if row else dw.copy_(part)
+    if dx is not None:
+        torch.mm(logits, w.t(), out=dx[row : row + x.shape[0]])
 
 
 def _to_gradient_(logits: Tensor, targets: Tensor, lse: Tensor, share: Tensor, hit: Tensor, real: int) -> None:
@@ -92,10 +94,10 @@ def _logits_shape(x: Tensor, w: Tensor, targets: Tensor, real: int, after: Tenso
 
 
 def _pull_shape(
-    logits: Tensor, dw: Tensor | None, x: Tensor, w: Tensor, targets: Tensor, lse: Tensor, share: Tensor, hit: Tensor, real: int,
-    first: bool, want_x: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape) if want_x else x.new_empty(0)
+    logits: Tensor, dw: Tensor | None, dx: Tensor | None, x: Tensor, w: Tensor, targets: Tensor, lse: Tensor, share: Tensor, hit: Tensor,
+    real: int, row: int,
+) -> None:  # fmt: skip
+    pass
 
 
 for _name, _run, _shape in (("head_logits", _head_logits, _logits_shape), ("head_pull_", _head_pull_, _pull_shape)):

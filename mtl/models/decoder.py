@@ -341,7 +341,7 @@ def _attend(cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k:
     rotary = cfg.positions == "rotary"
     if rotary and "cached_key" not in stream:
         q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
-        v = v.contiguous()  # else it would keep the whole product alive for the backward pass
+        q, k, v = (stored(x) for x in (q, k, v))  # once, not for forward and for backward; v else keeps the whole product alive
     if cfg.positions == "alibi":
         q, k, v = alibi.extend(par, q, k, v, stream["positions"])
     if "cached_key" in stream:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from mtl.axes import LETTERS
 from mtl.errors import unknown
 from mtl.kernels.logits import head_logits, head_pull_
-from mtl.ops.linear import fetch, linear
+from mtl.ops.linear import fetch, linear, travels
 from mtl.precision import wide
 from mtl.sharding.collectives import pmax, psum
 from mtl.sharding.parallel import Parallel
@@ -20,7 +20,7 @@ LOGITS = 2**30 - 2**24
 ALIGNED = 64
 """GPUs multiply by heads of such a multiple of columns: rows of 50,257 logits would start between the words that they read at once."""
 EXACT = 2
-"""Up to so many tiles add up the head's gradient in the type of compute, rounding once each; the sum of more is kept in float32."""
+"""Up to so many tiles add up a gradient that is wanted in the type of compute in that type, rounding once each; else in float32."""
 
 
 def tile_rows(tokens: int, columns: int, dtype: torch.dtype) -> int:
@@ -41,7 +41,8 @@ def cross_entropy(
     if impl not in ("auto", "plain", "fused"):
         raise unknown("cross-entropy impl", impl, ("auto", "plain", "fused"))
     if impl == "fused" or (impl == "auto" and x.device.type != "cpu"):
-        head = fetch(par, letters, w, x.dtype)
+        # A head that does not travel is cast inside, so that its gradient is what the tiles' products add up to, not a copy of that.
+        head = fetch(par, letters, w, x.dtype if travels(par, letters, w) else w.dtype)
         head = head.t() if letters == "VD" else head
         odd = 0 if x.device.type == "cpu" else -head.shape[1] % ALIGNED
         loss, entropy = _fused(par, x, pad(head, (0, odd)) if odd else head, targets, weights, z_loss)
@@ -83,7 +84,7 @@ def _fused(par: Parallel, x: Tensor, w: Tensor, targets: Tensor, weights: Tensor
 
 
 class _Fused(Function):
-    """Loss and the wanted gradients tile by tile in forward; backward scales them. Weights of tokens should be near 1."""
+    """Loss and the wanted gradients tile by tile in forward; backward scales them, or leaves them where a compiler sees the scale is 1."""
 
     @staticmethod
     def forward(
@@ -93,19 +94,21 @@ class _Fused(Function):
         real = min(par.sizes[LETTERS["V"]] - start, size)
         dtype, tile = wide(x.dtype), tile_rows(x.shape[0], w.shape[1], x.dtype)
         loss, entropy = (torch.zeros((), dtype=dtype, device=x.device) for _ in range(2))
-        dx: list[Tensor] = []
-        dw = torch.empty_like(w, dtype=x.dtype if x.shape[0] <= EXACT * tile else dtype) if wanted[1] else None
-        for xs, ts, ws in zip(x.split(tile), (targets - start).split(tile), weights.to(dtype).split(tile), strict=True):
-            logits, top, total, picked = head_logits(xs, w, ts, real, dx[-1] if dx else None)
+        dx = torch.empty_like(x) if wanted[0] else None
+        few = w.dtype == x.dtype and x.shape[0] <= EXACT * tile
+        dw = torch.empty_like(w, dtype=x.dtype if few else dtype) if wanted[1] else None
+        w = w.to(x.dtype)
+        for i, (xs, ts, ws) in enumerate(zip(*(y.split(tile) for y in (x, targets - start, weights.to(dtype))), strict=True)):
+            logits, top, total, picked = head_logits(xs, w, ts, real, (dw if dx is None else dx) if i else None)
             most = pmax(top, axes, par.mesh)
             lse = most + psum(total * (top - most).exp(), axes, par.mesh).log()
             plain = ((lse - psum(picked, axes, par.mesh)) * ws).sum()
             entropy = entropy + plain
             loss = loss + plain + z_loss * (lse.square() * ws).sum()
             if any(wanted):
-                dx.append(head_pull_(logits, dw, xs, w, ts, lse, (1.0 + 2.0 * z_loss * lse) * ws, ws, real, not dx, wanted[0]))
+                head_pull_(logits, dw, dx, xs, w, ts, lse, (1.0 + 2.0 * z_loss * lse) * ws, ws, real, i * tile)
         none = torch.zeros((), dtype=dtype, device=x.device)
-        return loss, entropy, torch.cat(dx) if wanted[0] else none, none.clone() if dw is None else dw
+        return loss, entropy, none if dx is None else dx, none.clone() if dw is None else dw
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

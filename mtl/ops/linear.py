@@ -240,6 +240,11 @@ def fetch(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
     return fetched(dtype, _move(par, letters, w), 1, w)
 
 
+def travels(par: Parallel, letters: str, w: Tensor) -> bool:
+    """Tell whether a weight at rest is gathered on its way to use."""
+    return bool(_move(par, letters, _padded(par, letters, w)).gathers)
+
+
 def gather_step(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> Tensor:
     """Gather a weight for a whole step (rules with GATHER = "step"); no derivative, see `scatter_step`."""
     return _move(par, letters, w, step=True).fetch([w], 1, dtype)

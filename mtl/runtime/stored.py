@@ -22,12 +22,14 @@ _library.impl("stored", torch.empty_like, "Meta")
 @functools.cache
 def teach_inductor() -> None:
     """Tell inductor what the operation means: a buffer of its own. Loading inductor takes a second that only who compiles should spend."""
+    lowering: Any = importlib.import_module("torch._inductor.lowering")
+    view: Any = importlib.import_module("torch._inductor.ir").BaseView
 
     def realize(x: Any) -> Any:
+        x = lowering.clone(x) if isinstance(x.data, view) else x
         x.realize()
         return x
 
-    lowering: Any = importlib.import_module("torch._inductor.lowering")
     lowering.register_lowering(torch.ops.mtl_memory.stored, type_promotion_kind=None)(realize)
 
 

@@ -31,8 +31,9 @@ def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None, rest
         return params if rest is None else tree.map(lambda p: p.to(rest), params)
 
     def scaled(params: Any, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
-        value, entropy = loss(params, batch)
-        return value * scale.to(value.dtype), torch.stack([value, entropy]).detach()
+        # By way of the tokens' weights gradients are made to scale: times the loss, those that the head has finished are written again.
+        value, entropy = loss(params, {**batch, "weights": batch["weights"] * scale.to(batch["weights"].dtype)})
+        return value, torch.stack([value, entropy]).detach() / scale.to(value.dtype)
 
     def functional(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
         grads, (_, shares) = grad_and_value(scaled, has_aux=True)(widened(params), batch, scale)

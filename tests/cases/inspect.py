@@ -68,9 +68,9 @@ class Tally(TorchDispatchMode):
             self.times["matmul"] += 1
             self.flops += 2 * args[0].numel() * args[1].shape[-1]
         if packet is torch.ops.mtl_head.head_pull_:  # the gradients of the head and of its input
-            assert args[1] is not None and args[-1]
+            assert args[1] is not None and args[2] is not None
             self.times["matmul"] += 1
-            self.flops += 2 * 2 * args[0].numel() * args[2].shape[-1]
+            self.flops += 2 * 2 * args[0].numel() * args[3].shape[-1]
         for op in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "all_to_all_single"):
             if packet is getattr(torch.ops._c10d_functional, op):
                 key = f"{op} {self.axes_of[args[-1]]}"
