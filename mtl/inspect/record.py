@@ -83,6 +83,7 @@ class Recorder(TorchDispatchMode):
         self.scope, self.layer = "", -1
         self._known: dict[int, tuple[int, StorageWeakRef]] = {}
         self._alive: dict[int, StorageWeakRef] = {}
+        self._ones: set[int] = set()
 
     @contextlib.contextmanager
     def scoped(self, scope: str, layer: int = -1) -> Generator[None]:
@@ -129,19 +130,21 @@ class Recorder(TorchDispatchMode):
                 return PARTS[func](*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         inputs = _tensors(args) + _tensors(tuple((kwargs or {}).values()))
-        results = _tensors(out if isinstance(out, tuple | list) else (out,))
+        results = _tensors(out if isinstance(out, tuple | list) else (out,)) or _written(func, args)
         name = func.__name__.partition(".")[0]
         name = f"engine_{name}" if func.namespace == "mtl_engine" else name
-        if not results and name not in ("copy_",):
+        if not results:
             return out
         reads = tuple(dict.fromkeys(self.buffer(x)[0] for x in inputs))
-        if name == "wait_tensor" or (name == "stored" and self.compiled):  # gives the same memory, but on meta tensors a new one
+        if name == "wait_tensor" or (self.compiled and self._keeps(name, args)):  # gives the same memory, but on meta tensors a new one
             self._alias(results[0], reads[0])
         numbered = [self.buffer(x) for x in results]
         makes = tuple(dict.fromkeys(i for i, new in numbered if new))
         if name == "park":
             self.trace.parked |= {i: self.trace.sizes[i] for i in makes}
             self.trace.sizes |= dict.fromkeys(makes, 0)
+        if name == "ones_like" or (name == "mul" and isinstance(args[1], float) and args[1] == 1.0 and reads[0] in self._ones):
+            self._ones |= {*makes}
         kind = kind_of(name, bool(makes))
         mutable = func._schema.is_mutable
         writes = tuple(i for i, new in numbered if not new) if mutable else ()
@@ -154,6 +157,12 @@ class Recorder(TorchDispatchMode):
         self.trace.ops.append(Op(name, kind, self.scope, self.layer, reads, makes, writes, flops, shape, wire, moved))
         self.sweep()
         return out
+
+    def _keeps(self, name: str, args: Any) -> bool:
+        """Tell whether a compiler makes nothing new: it stores what is a buffer anyway, or multiplies by what it knows to be 1."""
+        if name == "mul":
+            return isinstance(args[1], Tensor) and args[1].dim() == 0 and self.buffer(args[1])[0] in self._ones
+        return name == "stored" and args[0].untyped_storage().nbytes() == args[0].nbytes
 
     def sweep(self) -> None:
         """Note which buffers nothing holds any more."""
@@ -176,6 +185,12 @@ def _tensors(values: Any) -> list[Tensor]:
         elif isinstance(x, tuple | list):
             found += [y for y in x if isinstance(y, Tensor)]
     return found
+
+
+def _written(func: Any, args: Any) -> list[Tensor]:
+    """Find the arguments that an operation without results writes to."""
+    kinds = zip(func._schema.arguments, args, strict=False)
+    return [x for kind, x in kinds if kind.alias_info is not None and kind.alias_info.is_write and isinstance(x, Tensor)]
 
 
 def _product(shape: tuple[int, ...]) -> int:
