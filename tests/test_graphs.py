@@ -66,10 +66,10 @@ def test_selective_remat_repeats_the_cheap_parts_alone(ranks: Ranks) -> None:
 
 
 def test_the_residual_stream_and_what_attention_reads_are_in_memory(ranks: Ranks) -> None:
-    stream, qkv = 2, 3
-    assert counts(ranks, "single", 1)["stored"] == (stream + qkv) * LAYERS
+    stream, gradient, qkv = 2, 2, 3
+    assert counts(ranks, "single", 1)["stored"] == (stream + gradient + qkv) * LAYERS
     # Computed again, a layer stores the sum of its input (which waits for the gradient) and of attention; what follows nothing needs.
-    assert counts(ranks, "fsdp", remat="full")["stored"] == 2 * (stream + qkv) * LAYERS
+    assert counts(ranks, "fsdp", remat="full")["stored"] == (2 * stream + gradient + 2 * qkv) * LAYERS
 
 
 @pytest.mark.parametrize("make", [lambda x, y: x + y, lambda x, y: x[:, :32]], ids=["sum", "view"])

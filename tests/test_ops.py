@@ -13,8 +13,6 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.fx_passes.joint_graph import joint_graph_passes
-from torch.func import vjp
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -295,17 +293,6 @@ def test_rotary_is_a_rotation_of_complex_numbers(pairs: str) -> None:
     close(got, want)
     close(grads(got, x), grads(want, x))
     assert same(got[0, 0], x[0, 0]), "position 0 does not turn"
-
-
-@pytest.mark.parametrize("pairs", ["half", "interleaved"])
-def test_rotary_concatenates_nothing_which_a_compiler_would_store(pairs: str) -> None:
-    def fn(x: Tensor, cos: Tensor, sin: Tensor, grad: Tensor) -> Any:
-        out, pull = vjp(lambda x: rotate(x, cos, sin, pairs), x)
-        return out, pull(grad)
-
-    graph = make_fx(fn)(torch.ones(2, 5, 3, 8), torch.ones(2, 5, 4), torch.ones(2, 5, 4), torch.ones(2, 5, 3, 8))
-    names = [str(node.target) for node in graph.graph.nodes]
-    assert not [name for name in names if any(part in name for part in ("cat", "stack", "slice", "select", "copy"))], names
 
 
 def test_angles_are_right_to_float32s_precision() -> None:

@@ -40,10 +40,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, pairs: str = "half") -> Tensor:
 
     ``pairs`` is "half" (element i pairs with i + K / 2) or "interleaved" (2 i with 2 i + 1).
     """
-    dtype, dim = wide(x.dtype), -2 if pairs == "half" else -1
-    cos, sin = (y.to(dtype).unsqueeze(-2).unsqueeze(dim) for y in (cos, sin))
-    sign = torch.arange(-1, 2, 2, dtype=dtype, device=x.device)
-    wider = x.unflatten(-1, (2, -1) if pairs == "half" else (-1, 2)).to(dtype)
-    # No concatenation, forward or backward: a compiler stores its parts, and in float32, where this is one expression it can put anywhere.
-    out = wider * cos + wider.flip(dim) * (sin * (sign.unsqueeze(-1) if pairs == "half" else sign))
-    return out.flatten(-2).to(x.dtype)
+    dtype = wide(x.dtype)
+    cos, sin = cos.to(dtype).unsqueeze(-2), sin.to(dtype).unsqueeze(-2)
+    wider = x.to(dtype)
+    a, b = wider.chunk(2, -1) if pairs == "half" else wider.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    out = torch.cat(turned, -1) if pairs == "half" else torch.stack(turned, -1).flatten(-2)
+    return out.to(x.dtype)

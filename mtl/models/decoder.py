@@ -262,12 +262,12 @@ def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, sele
         h = par.reshard(h, "BRD", "BSD")
     attended = _drop(cfg.dropout_attention, par, _attention(cfg, par, p, h, stream, again), stream, site=1)
     if cfg.parallel == "none":
-        x = stored(x + attended)
+        x = stored(x + attended, gradient=True)
         h = _norm(cfg, p["norm2"], x)
-        return stored(x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2))
+        return stored(x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2), gradient=True)
     if cfg.parallel == "two_norms":
         h = _norm(cfg, p["norm2"], x)
-    return stored(x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2))
+    return stored(x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2), gradient=True)
 
 
 def head(cfg: Config, par: Parallel, params: Params, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -341,12 +341,13 @@ def _attend(cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k:
     rotary = cfg.positions == "rotary"
     if rotary and "cached_key" not in stream:
         q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
-        q, k, v = (stored(x) for x in (q, k, v))  # once, not for forward and for backward; v else keeps the whole product alive
     if cfg.positions == "alibi":
         q, k, v = alibi.extend(par, q, k, v, stream["positions"])
     if "cached_key" in stream:
         pairs = cfg.rope_pairs if rotary else None
         return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs)[..., : cfg.head_size]
+    if cfg.positions in ("rotary", "alibi") or cfg.qk_norm or cfg.qkv_bias:  # else they are parts of a product, which attention can read
+        q, k, v = (stored(x) for x in (q, k, v))  # once, not for forward and for backward; and the product can go
     return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
 
 

@@ -26,7 +26,8 @@ def teach_inductor() -> None:
     view: Any = importlib.import_module("torch._inductor.ir").BaseView
 
     def realize(x: Any) -> Any:
-        x = lowering.clone(x) if isinstance(x.data, view) else x
+        if isinstance(x.data, view) and x.get_numel() != x.data.unwrap_view().get_numel():
+            x = lowering.clone(x)  # a part, which would keep the whole alive
         x.realize()
         return x
 
@@ -37,20 +38,20 @@ class _Stored(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor, gradient: bool) -> Tensor:
         return torch.ops.mtl_memory.stored(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
+        ctx.gradient = inputs[1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return stored(grad) if ctx.gradient else grad, None
 
 
-def stored(x: Tensor) -> Tensor:
-    """Give the same values, which a compiled graph holds in memory. Without a compiler this is a copy."""
-    out = _Stored.apply(x)
+def stored(x: Tensor, gradient: bool = False) -> Tensor:
+    """Give the same values, which a compiled graph holds in memory; ``gradient``: theirs too. Without a compiler this is a copy."""
+    out = _Stored.apply(x, gradient)
     assert isinstance(out, Tensor)
     return out
