@@ -20,7 +20,7 @@ LOGITS = 2**30 - 2**24
 ALIGNED = 64
 """GPUs multiply by heads of such a multiple of columns: rows of 50,257 logits would start between the words that they read at once."""
 EXACT = 2
-"""Up to so many tiles add up a gradient that is wanted in the type of compute in that type, rounding once each; else in float32."""
+"""Up to so many tiles add up the head's gradient in the type of compute, rounding once each; the sum of more is kept in float32."""
 
 
 def tile_rows(tokens: int, columns: int, dtype: torch.dtype) -> int:
@@ -95,8 +95,7 @@ class _Fused(Function):
         dtype, tile = wide(x.dtype), tile_rows(x.shape[0], w.shape[1], x.dtype)
         loss, entropy = (torch.zeros((), dtype=dtype, device=x.device) for _ in range(2))
         dx = torch.empty_like(x) if wanted[0] else None
-        few = w.dtype == x.dtype and x.shape[0] <= EXACT * tile
-        dw = torch.empty_like(w, dtype=x.dtype if few else dtype) if wanted[1] else None
+        dw = torch.empty_like(w, dtype=x.dtype if x.shape[0] <= EXACT * tile else dtype) if wanted[1] else None
         w = w.to(x.dtype)
         for i, (xs, ts, ws) in enumerate(zip(*(y.split(tile) for y in (x, targets - start, weights.to(dtype))), strict=True)):
             logits, top, total, picked = head_logits(xs, w, ts, real, (dw if dx is None else dx) if i else None)
