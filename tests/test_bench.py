@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import against_torchtitan, ops
+from experiments.bench import against_torchtitan, ops, step
+from mtl.errors import UserError
 from mtl.inspect import hardware
 from tests.test_pretrain import ROOT
 
@@ -29,6 +30,12 @@ def test_torchtitans_settings_follow_the_flags(tmp_path: Path) -> None:
     plain = against_torchtitan.settings(against_torchtitan.Bench(batch=3, remat="full", tensor=2), tmp_path)
     assert "local_batch_size = 3" in plain and 'mode = "full"' in plain and "tensor_parallel_degree = 2" in plain and "float8" not in plain
     assert "[quantize.linear.float8]" in against_torchtitan.settings(against_torchtitan.Bench(precision="fp8"), tmp_path)
+
+
+def test_a_step_must_be_left_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["step.py", "--steps", "3"])
+    with pytest.raises(UserError, match="--warmup 3 of --steps 3 leaves no step to time"):
+        step.main()
 
 
 def test_packed_attention_counts_its_own_pairs() -> None:

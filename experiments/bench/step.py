@@ -26,7 +26,7 @@ from mtl import params
 from mtl.data.batches import BatchShape, batch_at
 from mtl.data.python_text import python_text
 from mtl.data.samples import Sample, Windows, as_sample
-from mtl.errors import unknown
+from mtl.errors import UserError, unknown
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
@@ -94,6 +94,8 @@ class RandomTokens:
 def main() -> None:
     """Time one configuration."""
     bench = tyro.cli(Bench, args=process.command_line(), config=(tyro.conf.AvoidSubcommands,))
+    if not 0 <= bench.warmup < bench.steps:
+        raise UserError(f"--warmup {bench.warmup} of --steps {bench.steps} leaves no step to time: take more steps than are for warming up.")
     at = process.place()
     process.prepare_environment(tf32=bench.precision == "tf32")
     with prepared(bench, at) as (setup, chosen, run):
