@@ -95,7 +95,9 @@ def main() -> None:
     """Time one configuration."""
     bench = tyro.cli(Bench, args=process.command_line(), config=(tyro.conf.AvoidSubcommands,))
     if not 0 <= bench.warmup < bench.steps:
-        raise UserError(f"--warmup {bench.warmup} of --steps {bench.steps} leaves no step to time: take more steps than are for warming up.")
+        raise UserError(
+            f"--warmup {bench.warmup} of --steps {bench.steps} leaves no step to time: take more steps than are for warming up."
+        )
     at = process.place()
     process.prepare_environment(tf32=bench.precision == "tf32")
     with prepared(bench, at) as (setup, chosen, run):
