@@ -28,7 +28,7 @@ content. tensorstore as it is packaged computes crc32c by table look-ups: half a
 
 @functools.cache
 def keep_pages() -> None:
-    """Let malloc keep the pages of what is freed: copies for the next file are made in them, not in fresh ones that the system zeroes.
+    """Let malloc keep the pages of what is freed: the next copies and tiles are made in them, not in fresh ones that the system zeroes.
 
     glibc raises its thresholds once it frees a block of almost 32 MiB (mallopt(3), M_MMAP_THRESHOLD); the block itself is never touched.
     """
@@ -37,6 +37,7 @@ def keep_pages() -> None:
 
 def context(threads: int = 4) -> Any:
     """Make a tensorstore context: ``threads`` copy and check at once, no cache. Who writes flushes the files."""
+    keep_pages()
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 0},

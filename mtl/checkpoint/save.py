@@ -211,7 +211,6 @@ def write_checkpoint(
 
     The pieces of a wave are on the disk before the next wave is asked for.
     """
-    arrays.keep_pages()
     begun, ctx = time.time(), arrays.context(threads)
     folder = files.unfinished(path) / ITEM
     unlock: list[Callable[[], None]] = []
