@@ -111,8 +111,12 @@ def test_an_evaluation_gathers_half_and_says_the_same(ranks: Ranks) -> None:
     assert sixteen - eight == 2 * CONFIG.layers * LAYER, "in each of two batches"
 
 
-@pytest.mark.parametrize("engine", [False, True])
-@pytest.mark.parametrize("remat", ["none", "full"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("remat", "engine"), [("none", False), ("full", True), pytest.param("none", True, marks=SLOW), pytest.param("full", False, marks=SLOW)]
+)
 def test_gathers_in_8_bits_start_ahead(ranks: Ranks, remat: str, engine: bool) -> None:
     found = ranks.run("tests.cases.fp8_gather:graph", 2, table="fsdp", world=2, remat=remat, engine=engine)
     eight, sixteen = found["eight"], found["sixteen"]
