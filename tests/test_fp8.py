@@ -144,7 +144,7 @@ def test_both_ways_are_the_same_numbers() -> None:
 
 def test_the_kernel_is_the_reference() -> None:
     """Under Triton's interpreter: every layout, tile, scale and limit."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernel")
     command = [sys.executable, "-c", "from tests.cases import fp8; fp8.kernel()"]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
 

@@ -38,7 +38,7 @@ def byte(x: torch.Tensor) -> torch.Tensor:
 
 def test_the_kernels_are_the_reference() -> None:
     """Under Triton's interpreter: parts that lie apart, side by side, and bytes turned over."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernel")
     command = [sys.executable, "-c", "from tests.cases import fp8_gather; fp8_gather.kernels('cpu')"]
     subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
 
@@ -111,11 +111,14 @@ def test_an_evaluation_gathers_half_and_says_the_same(ranks: Ranks) -> None:
     assert sixteen - eight == 2 * CONFIG.layers * LAYER, "in each of two batches"
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
-    ("remat", "engine"), [("none", False), ("full", True), pytest.param("none", True, marks=SLOW), pytest.param("full", False, marks=SLOW)]
+    ("remat", "engine"),
+    [
+        ("none", False),
+        ("full", True),
+        pytest.param("none", True, marks=pytest.mark.slow),
+        pytest.param("full", False, marks=pytest.mark.slow),
+    ],
 )
 def test_gathers_in_8_bits_start_ahead(ranks: Ranks, remat: str, engine: bool) -> None:
     found = ranks.run("tests.cases.fp8_gather:graph", 2, table="fsdp", world=2, remat=remat, engine=engine)
