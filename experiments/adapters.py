@@ -52,14 +52,14 @@ def settled(lora: Lora, config: decoder.Config) -> Lora:
     scales = {float(x) for pair in params["layers"].values() for x in pair["lora"]["scale"]}
     if len(scales) > 1:
         raise UserError(
-            f"lora.start {lora.start}: its adapters count {', '.join(map(str, sorted(scales)))} times, but those that are trained count "
+            f"--lora.start {lora.start}: its adapters count {', '.join(map(str, sorted(scales)))} times, but those that are trained count "
             "alike. Merge it into its model (mtl lora merge) and train fresh ones beside that."
         )
     for name in ("rank", "alpha", "rslora"):
         asked, usual, has = getattr(lora, name), getattr(Lora(), name), getattr(found, name)
         if asked not in (usual, has):
-            raise UserError(f"lora.{name} is {asked}, but the adapters of lora.start have {has}: leave the flag out.")
+            raise UserError(f"--lora.{name} is {asked}, but the adapters of --lora.start have {has}: leave the flag out.")
     chosen, held = (adapter_specs(decoder.specs(config), dataclasses.replace(found, targets=x.targets))["layers"] for x in (lora, found))
     if lora.targets != Lora().targets and chosen.keys() != held.keys():
-        raise UserError(f"lora.targets are {', '.join(lora.targets)}, but lora.start has adapters beside {', '.join(held)}.")
+        raise UserError(f"--lora.targets are {', '.join(lora.targets)}, but --lora.start has adapters beside {', '.join(held)}.")
     return dataclasses.replace(found, dropout=lora.dropout or found.dropout, start=lora.start)

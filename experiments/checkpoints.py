@@ -60,14 +60,14 @@ def check(settings: CheckpointSettings) -> None:
     """Refuse settings that mean nothing."""
     for name in ("every", "every_minutes", "keep", "keep_every", "keep_best"):
         if getattr(settings, name) < 0:
-            raise UserError(f"checkpoint.{name.replace('_', '-')} is {getattr(settings, name)}: it must not be negative.")
+            raise UserError(f"--checkpoint.{name.replace('_', '-')} is {getattr(settings, name)}: it must not be negative.")
     if settings.grace <= 0:
-        raise UserError(f"checkpoint.grace is {settings.grace}: it must be a number of seconds above 0.")
+        raise UserError(f"--checkpoint.grace is {settings.grace}: it must be a number of seconds above 0.")
     if settings.host_memory is not None and settings.host_memory <= 0:
-        raise UserError(f"checkpoint.host-memory is {settings.host_memory}: it must be above 0 (GiB), or None for as much as a save takes.")
+        raise UserError(f"--checkpoint.host-memory is {settings.host_memory}: it must be above 0 (GiB), or None for all that a save takes.")
     if (settings.keep_every or settings.keep_best) and not settings.keep:
         raise UserError(
-            "checkpoint.keep-every and checkpoint.keep-best add to checkpoint.keep, which is 0 (all stay): set it to at least 1."
+            "--checkpoint.keep-every and --checkpoint.keep-best add to --checkpoint.keep, which is 0 (all stay): set it to at least 1."
         )
 
 
@@ -140,7 +140,8 @@ class Keeper:
         if self.at.rank == 0:
             write_config(self.folder / "config.json", self._whole())
         if self.resumed:
-            log.say(f"resumed after step {self.first} from {self.store.path(self.first)}")
+            done = " (all of --train.steps are done)" if self.first == _find(self.config, ("train", "steps")) else ""
+            log.say(f"resumed after step {self.first} from {self.store.path(self.first)}{done}")
         if self.at.device.type == "cuda":
             self.saver.prepare(state)
         if self.signals is not None and self.signals.caught is not None:
@@ -213,6 +214,10 @@ class Keeper:
         for name in (n for n in now if n in was and was[n] != now[n]):
             raise UserError(
                 f"{name} is {now[name]}, but {path} was saved with {was[name]}: a resumed run must keep it. Nothing was changed."
+            )
+        if (asked := _find(self.config, ("train", "steps"))) < step:
+            raise UserError(
+                f"--train.steps is {asked}, but {path} holds step {step} already. To train on, give more steps. Nothing was changed."
             )
         if self.settings.verify:
             verify(path)
@@ -391,7 +396,7 @@ def history(path: Path, keeper: Keeper) -> list[Any]:
 
 def decided(config: Any) -> dict[str, Any]:
     """Collect what decides the samples of a run, as far as its configuration says it: settings, and what its data said of themselves."""
-    found = {".".join(names).replace("_", "-"): _find(config, names) for names in SAME}
+    found = {f"--{'.'.join(names).replace('_', '-')}": _find(config, names) for names in SAME}
     return {name: value for name, value in found.items() if value is not None} | (_find(config, ("decides",)) or {})
 
 

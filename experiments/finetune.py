@@ -76,7 +76,7 @@ def work(setup: FineTune) -> tuple[FineTune, Work]:
     if not chat.data:
         raise UserError("--data is missing: give JSONL files of chats, as in --data chats.jsonl.")
     if train.seq_len < 1:
-        raise UserError(f"train.seq-len is {train.seq_len}: it must be at least 1.")
+        raise UserError(f"--train.seq-len is {train.seq_len}: it must be at least 1.")
     language, name = settled(setup.tokenizer, chat.template, setup.init)
     setup = replace(setup, tokenizer=language, chat=replace(chat, template=name))
     chat, weights = setup.chat, parse_weights(chat.role_weights)
@@ -150,7 +150,7 @@ def with_vocabulary(model: decoder.Config, tokenizer: Tokenizer) -> decoder.Conf
     lacking = [i for i in range(model.vocab, tokenizer.vocab_size) if i not in special]
     if lacking:
         raise UserError(
-            f"the tokenizer ({tokenizer.kind}) has {tokenizer.vocab_size} ids and the model {model.vocab} (model.vocab); id {lacking[0]} "
+            f"the tokenizer ({tokenizer.kind}) has {tokenizer.vocab_size} ids and the model {model.vocab} (--model.vocab); id {lacking[0]} "
             "is no special token. Give the model's own tokenizer, or another --model.vocab."
         )
     return replace(model, vocab=max(model.vocab, tokenizer.vocab_size))

@@ -39,7 +39,7 @@ def settled(setup: Experiment, rules: Rules, shape: MeshShape) -> Experiment:
         for name, value in vars(chosen).items():
             if value != getattr(PipelineSettings(), name):
                 flag = name.replace("_", "-")
-                raise UserError(f"pipeline.{flag} is {value}, but there is no pipeline: set mesh.pipe to 2 or more, or leave it out.")
+                raise UserError(f"--pipeline.{flag} is {value}, but there is no pipeline: set --mesh.pipe to 2 or more, or leave it out.")
         return setup
     schedule = chosen.schedule or "1f1b"
     share, rest = divmod(train.global_batch_size, math.prod(getattr(shape, axis) for axis in rules.act["batch"]))
@@ -47,20 +47,20 @@ def settled(setup: Experiment, rules: Rules, shape: MeshShape) -> Experiment:
     if schedule not in BUILDERS and micros is None:
         micros = build(schedule, shape.pipe, None, chosen.virtual).microbatches
     if micros is not None and micros < 1:
-        raise UserError(f"pipeline.microbatches is {micros}: it must be at least 1.")
+        raise UserError(f"--pipeline.microbatches is {micros}: it must be at least 1.")
     if size is None and micros is None:
         size = max((n for n in range(1, 9) if share > 0 and share % n == 0 and share // n >= 4 * shape.pipe), default=1)
     elif size is None and micros is not None:
         if rest or share % micros or share < micros:
             raise UserError(
-                f"pipeline.microbatches is {micros}, but train.global-batch-size {train.global_batch_size} gives each data-parallel device "
-                f"{share} samples a step, which do not divide into as many micro-batches. Change one of them."
+                f"--pipeline.microbatches is {micros}, but --train.global-batch-size {train.global_batch_size} gives each data-parallel "
+                f"device {share} samples a step, which do not divide into as many micro-batches. Change one of them."
             )
         size = share // micros
     if size is not None and size > 0 and micros is not None and share != size * micros:
         raise UserError(
-            f"pipeline.microbatches is {micros}, but train.global-batch-size {train.global_batch_size} makes {share / size:g} "
-            f"micro-batches of train.micro-batch-size {size} a device. Leave one of the three out, or make them agree."
+            f"--pipeline.microbatches is {micros}, but --train.global-batch-size {train.global_batch_size} makes {share / size:g} "
+            f"micro-batches of --train.micro-batch-size {size} a device. Leave one of the three out, or make them agree."
         )
     return dataclasses.replace(
         setup,

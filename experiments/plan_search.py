@@ -57,7 +57,7 @@ def search(setup: Experiment, devices: int, budget: int, tokens: int, device: De
     """Plan every candidate; refuse a budget in which nothing fits, naming what comes closest."""
     seq = setup.train.seq_len
     if tokens % seq or tokens < seq:
-        raise UserError(f"a step of {tokens:,} tokens does not divide into samples of train.seq-len {seq}. Use a multiple of {seq}.")
+        raise UserError(f"a step of {tokens:,} tokens does not divide into samples of --train.seq-len {seq}. Use a multiple of {seq}.")
     samples = tokens // seq
     fits: list[tuple[Candidate, Plan]] = []
     large: list[tuple[Candidate, Plan]] = []

@@ -68,12 +68,12 @@ def check_sizes(setup: Experiment, rules: Rules, shape: MeshShape, sizes: Mappin
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     BatchShape(train.global_batch_size, 1 if train.micro_batch_size is None else train.micro_batch_size, train.seq_len).check(rows)
     if setup.model.positions == "learned" and train.seq_len > setup.model.max_positions:
-        raise UserError(f"train.seq-len {train.seq_len} is longer than the model's {setup.model.max_positions} learned positions.")
+        raise UserError(f"--train.seq-len {train.seq_len} is longer than the model's {setup.model.max_positions} learned positions.")
     for table in ("store", "compute"):
         layouts(decoder.specs(setup.model), rules, shape, table)
     split = math.prod(getattr(shape, axis) for axis in rules.act["seq"]) * (2 if rules.order == "zigzag" else 1)
     if math.prod(getattr(shape, axis) for axis in rules.act["seq"]) > 1 and train.seq_len % split:
-        raise UserError(f"train.seq-len {train.seq_len} does not divide by {split}, the pieces that rules {rules.name!r} cut it into.")
+        raise UserError(f"--train.seq-len {train.seq_len} does not divide by {split}, the pieces that rules {rules.name!r} cut it into.")
     for name in ("seq", "residual_seq", "query_seq", "key_seq", "heads", "core_heads", "kv_heads", "core_kv_heads", "mlp", "vocab"):
-        what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
+        what = "--train.seq-len, activation" if "seq" in name else f"--model.{name.removeprefix('core_').replace('_', '-')}, activation"
         rules.layout("act", (name,), (sizes[name],), shape, what)

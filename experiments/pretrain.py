@@ -130,7 +130,7 @@ def by_engine(setup: Experiment, shape: MeshShape, at: process.Place) -> bool:
     """Find whether the copy engines move weights and gradients."""
     able = process.copy_engines(at)
     if setup.transport == "engine" and not able and at.device.type != "cpu":  # on CPUs gloo stands in for them
-        raise UserError("transport is engine: that needs NVIDIA GPUs of one host, one a process, that reach each other. Take nccl or auto.")
+        raise UserError("--transport engine needs NVIDIA GPUs of one host, one a process, that reach each other. Take nccl or auto.")
     return planning.takes_engines(setup, shape, able)
 
 
@@ -157,11 +157,11 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     for size in reading.batch_sizes(setup).sizes:
         BatchShape(size, micro_batch(setup), train.seq_len).check(rows)
     if train.steps < 0 or train.eval_every < 0 or train.eval_samples < 1:
-        raise UserError("train.steps and train.eval-every must not be negative, and train.eval-samples must be at least 1.")
+        raise UserError("--train.steps and --train.eval-every must not be negative, and --train.eval-samples must be at least 1.")
     watching.check(setup)
     if model.positions == "learned" and train.seq_len > model.max_positions:
         raise UserError(
-            f"train.seq-len {train.seq_len} is longer than the model's {model.max_positions} learned positions (model.max-positions)."
+            f"--train.seq-len {train.seq_len} is longer than the model's {model.max_positions} learned positions (--model.max-positions)."
         )
     for table in ("store", "compute"):
         params.layouts(specs, rules, shape, table)
@@ -171,10 +171,10 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     split = math.prod(getattr(shape, axis) for axis in rules.act["seq"])
     if split > 1 and train.seq_len % (split * pieces):
         raise UserError(
-            f"train.seq-len {train.seq_len} does not divide by {split * pieces}, the pieces that rules {rules.name!r} cut it into."
+            f"--train.seq-len {train.seq_len} does not divide by {split * pieces}, the pieces that rules {rules.name!r} cut it into."
         )
     for name in ("seq", "residual_seq", "query_seq", "key_seq", "heads", "core_heads", "kv_heads", "core_kv_heads", "mlp", "vocab"):
-        what = "train.seq-len, activation" if "seq" in name else f"model.{name}, activation"
+        what = "--train.seq-len, activation" if "seq" in name else f"--model.{name.removeprefix('core_').replace('_', '-')}, activation"
         rules.layout("act", (name,), (known[name],), shape, what)
     make_step_options(setup, precision, device)
     takes_pieces(setup, rules, shape, precision, setup.transport != "nccl" or device.type == "cpu")
@@ -200,10 +200,10 @@ def make_optimizer(setup: Experiment) -> tuple[Optimizer, Schedule]:
     optim = setup.optim
     for name, low, high in (("lr", 0.0, math.inf), ("clip", 0.0, math.inf), ("weight_decay", 0.0, math.inf), ("eps", 0.0, math.inf)):
         if not low <= getattr(optim, name) < high:
-            raise UserError(f"optim.{name.replace('_', '-')} is {getattr(optim, name)}: it must be a number from 0 on.")
+            raise UserError(f"--optim.{name.replace('_', '-')} is {getattr(optim, name)}: it must be a number from 0 on.")
     for name in ("beta1", "beta2"):
         if not 0.0 <= getattr(optim, name) < 1.0:
-            raise UserError(f"optim.{name} is {getattr(optim, name)}: it must lie from 0 to under 1.")
+            raise UserError(f"--optim.{name} is {getattr(optim, name)}: it must lie from 0 to under 1.")
     rate = schedule(optim.schedule, optim.lr, setup.train.steps, optim.warmup_steps, optim.min_lr_ratio)
     mask = params.decayed(trained(setup.lora).specs(setup.model))
     if optim.name == "adamw":

@@ -12,10 +12,16 @@ from mtl import __version__
 
 def provenance() -> dict[str, object]:
     """Give versions of Python and the main packages, the device's name, and the commit of the source tree where it is a repository."""
-    packages = ("torch", "numpy", "safetensors", "tyro", "triton")
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions() if dist.metadata["Name"] in packages}
+    found = {name: version for name in ("torch", "numpy", "safetensors", "tyro", "triton") if (version := _version(name))}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"versions": {"python": platform.python_version(), **found, "mtl": __version__}, "device": device, "commit": _commit()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _commit() -> str | None:

@@ -58,7 +58,7 @@ def built_in(setup: Pretrain) -> Work:
     if ignored:
         raise UserError(f"data.{ignored[0].replace('_', '-')} is given, but --data is not: the built-in text has no such setting.")
     if setup.model.vocab < 256:
-        raise UserError(f"model.vocab is {setup.model.vocab}: the built-in text is bytes and needs at least 256.")
+        raise UserError(f"--model.vocab is {setup.model.vocab}: the built-in text is bytes and needs at least 256.")
     texts = python_text()
     train, valid = (
         Dataset(Windows(text, seed, name), {"python": len(text)}, {"python": 1.0})
@@ -114,9 +114,9 @@ def batch_sizes(setup: Experiment) -> BatchSizes:
     """Say how many samples every step takes."""
     batch, final = setup.batch, setup.train.global_batch_size
     if batch.workers < 0 or batch.prefetch < 1:
-        raise UserError("batch.workers must not be negative, and batch.prefetch must be at least 1.")
+        raise UserError("--batch.workers must not be negative, and --batch.prefetch must be at least 1.")
     if batch.rampup is not None and batch.schedule is not None:
-        raise UserError("batch.rampup and batch.schedule are both given: use one.")
+        raise UserError("--batch.rampup and --batch.schedule are both given: use one.")
     if batch.rampup is not None:
         return ramp(*batch.rampup, final)
     if batch.schedule is not None:

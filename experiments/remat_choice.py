@@ -72,7 +72,7 @@ def choose(peak: Callable[[str], int], budget: int, order: Sequence[str] = ORDER
     best = min(peaks, key=lambda name: peaks[name])
     raise UserError(
         f"--remat auto: no plan fits {budget / GIB:.2f} GiB. Closest comes {best}, with a planned peak of {peaks[best] / GIB:.2f} GiB, "
-        f"{(peaks[best] - budget) / GIB:.2f} GiB too much. Use a smaller train.micro-batch-size, shorter samples or more devices."
+        f"{(peaks[best] - budget) / GIB:.2f} GiB too much. Use a smaller --train.micro-batch-size, shorter samples or more devices."
     )
 
 

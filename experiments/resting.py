@@ -60,4 +60,4 @@ def check(setup: Experiment, shape: MeshShape) -> None:
     away = offload.activations(setup.offload)
     parse_remat("full" if remat_choice.is_auto(setup.remat) else setup.remat, away)
     if setup.offload != "none" and shape.pipe > 1:
-        raise UserError(f"offload is {setup.offload!r} with mesh.pipe {shape.pipe}: pipelines keep everything on the device. Take none.")
+        raise UserError(f"--offload is {setup.offload!r} with --mesh.pipe {shape.pipe}: pipelines keep all on the device. Take none.")

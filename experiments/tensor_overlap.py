@@ -12,11 +12,11 @@ def takes_pieces(setup: Experiment, rules: Rules, shape: MeshShape, precision: P
     if setup.tensor.overlap == "off":
         return False
     missing = (
-        "mesh.tensor is 1, so products neither gather nor sum over it"
+        "--mesh.tensor is 1, so products neither gather nor sum over it"
         if shape.tensor == 1
         else f"rules {rules.name!r} keep the sequence whole between layers (residual_seq has no tensor)"
         if "tensor" not in rules.act["residual_seq"]
-        else "mesh.pipe is above 1, and stages of pipelines do not take pieces"
+        else "--mesh.pipe is above 1, and stages of pipelines do not take pieces"
         if shape.pipe > 1
         else f"precision {precision.name} multiplies in 8 bits, whose scales need the whole of what is gathered"
         if precision.fp8
@@ -25,5 +25,5 @@ def takes_pieces(setup: Experiment, rules: Rules, shape: MeshShape, precision: P
         else ""
     )
     if missing and setup.tensor.overlap == "on":
-        raise UserError(f"tensor.overlap is on, but {missing}. Leave it out, or take off.")
+        raise UserError(f"--tensor.overlap is on, but {missing}. Leave it out, or take off.")
     return not missing

@@ -60,10 +60,10 @@ ALL = Tuning()
 def settled(setup: Experiment) -> Experiment:
     """Settle what is trained: the adapters that --lora.start names bring their settings, and the model drops as these say."""
     if setup.model.dropout_lora:
-        raise UserError(f"model.dropout-lora is {setup.model.dropout_lora}: give --lora.dropout, which sets it.")
+        raise UserError(f"--model.dropout-lora is {setup.model.dropout_lora}: give --lora.dropout, which sets it.")
     lora = read_settings(setup.lora, setup.model)
     if lora.rank == 0 and (lora.dropout or lora.rslora):
-        raise UserError("lora.dropout and lora.rslora need adapters: give --lora.rank, or --lora.start.")
+        raise UserError("--lora.dropout and --lora.rslora need adapters: give --lora.rank, or --lora.start.")
     return replace(setup, lora=lora, model=replace(setup.model, dropout_lora=lora.dropout))
 
 

@@ -17,7 +17,7 @@ Hook = Callable[[int, Any, dict[str, Any]], None]
 def check(setup: Experiment) -> None:
     """Refuse a profile of more steps than there are."""
     if not 0 <= setup.profile <= setup.train.steps:
-        raise UserError(f"--profile is {setup.profile}: it must lie from 0 to train.steps, {setup.train.steps}.")
+        raise UserError(f"--profile is {setup.profile}: it must lie from 0 to --train.steps, {setup.train.steps}.")
 
 
 def compiling(log: RunLog) -> Hook:

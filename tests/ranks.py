@@ -52,8 +52,15 @@ class Ranks:
 
     def run(self, case: str, world: int, /, **arguments: Any) -> Any:
         """Run one case; arguments and results are JSON. Of thousands of joins gloo loses one, or a rank: that one is done again."""
+        return self._run(case, world, world, arguments)
+
+    def capture(self, case: str, world: int, /, **arguments: Any) -> Any:
+        """Run one case on one rank whose peers are pretended: its graphs are those of ``world`` ranks, and its numbers mean nothing."""
+        return self._run(case, world, 1, arguments)
+
+    def _run(self, case: str, world: int, count: int, arguments: dict[str, Any]) -> Any:
         for _ in range(JOINS):
-            answers = self._ask(case, world, arguments)
+            answers = self._ask(case, world, count, arguments)
             errors = [f"rank {i}: {a['error']}" for i, a in enumerate(answers) if "error" in a]
             if errors or max(a["threads"] for a in answers) > THREADS:
                 self.close()
@@ -62,17 +69,18 @@ class Ranks:
                 return answers[0]["result"]
             if not any(LOST in e or DIED in e for e in errors):
                 break
-            warnings.warn(f"done again: {case} on {world} ranks, {arguments}: {errors[-1][-200:]}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"done again: {case} on {count} ranks, {arguments}: {errors[-1][-200:]}", RuntimeWarning, stacklevel=2)
         raise AssertionError("\n".join(errors))
 
-    def _ask(self, case: str, world: int, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    def _ask(self, case: str, world: int, count: int, arguments: dict[str, Any]) -> list[dict[str, Any]]:
         self.count += 1
-        order = json.dumps({"case": case, "world": world, "store": f"{self.folder.name}/store{self.count}", "arguments": arguments})
-        for _, stream in self.streams[:world]:
+        place = {"store": f"{self.folder.name}/store{self.count}", "backend": "gloo" if count == world else "fake"}
+        order = json.dumps({"case": case, "world": world, **place, "arguments": arguments})
+        for _, stream in self.streams[:count]:
             stream.write(order + "\n")
             stream.flush()
-        answers: list[dict[str, Any]] = [{"error": "no answer after another rank's error"} for _ in range(world)]
-        waiting = {connection: i for i, (connection, _) in enumerate(self.streams[:world])}
+        answers: list[dict[str, Any]] = [{"error": "no answer after another rank's error"} for _ in range(count)]
+        waiting = {connection: i for i, (connection, _) in enumerate(self.streams[:count])}
         patience = None
         while waiting and (ready := select.select(list(waiting), [], [], patience)[0]):
             for rank in [waiting.pop(connection) for connection in ready]:
@@ -102,7 +110,7 @@ def _serve(path: str, rank: int) -> None:
         order = json.loads(line)
         try:
             store = dist.FileStore(order["store"], order["world"])
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=order["world"])
+            dist.init_process_group(order["backend"], store=store, rank=rank, world_size=order["world"])
             module, _, name = order["case"].partition(":")
             answer = {"result": getattr(importlib.import_module(module), name)(**order["arguments"])}
             dist.destroy_process_group()
@@ -118,6 +126,8 @@ def _serve(path: str, rank: int) -> None:
 
 
 def _fork(path: str) -> None:
+
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers what `Ranks.capture` joins)
 
     import mtl.models.decoder
     import mtl.train.step  # noqa: F401

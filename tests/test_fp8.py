@@ -163,13 +163,13 @@ def test_the_kernel_rounds_to_the_same_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("precision", ["fp8", "fp8_rows"])
 def test_a_model_trains_as_in_16_bits(ranks: Ranks, precision: str) -> None:
-    found = ranks.run("tests.cases.fp8:losses", 1, precision=precision)
+    found = ranks.run("tests.cases.fp8:losses", 1, precisions=["bf16", precision])
     exact, rounded = torch.tensor(found["bf16"]), torch.tensor(found[precision])
     assert exact[-1] < exact[0] - 1, "the reference learns"
     assert not torch.equal(exact, rounded)
     assert ((exact - rounded).abs() / exact[0]).max() < 0.02, "the task is learnt to nothing, so the gap is held against the first loss"
     for table, remat in (("fsdp", "none"), ("tensor", "gather")):
-        spread = torch.tensor(ranks.run("tests.cases.fp8:losses", 2, table=table, precision=precision, remat=remat)[precision])
+        spread = torch.tensor(ranks.run("tests.cases.fp8:losses", 2, precisions=[precision], table=table, remat=remat)[precision])
         assert ((spread - exact).abs() / exact[0]).max() < 0.02, "each device scales its own parts, so only 16 bits are the same everywhere"
         if table == "fsdp":
             assert ((spread - rounded).abs() / exact[0]).max() < 0.02, "weights are whole here, and so are their scales"

@@ -30,7 +30,7 @@ def counts(ranks: Ranks, table: str, world: int = 2, **choices: str) -> dict[str
     """Count operations in the graph of one micro-batch's gradient."""
     key = (table, world, *choices.items())
     if key not in FOUND:
-        FOUND[key] = ranks.run("tests.cases.graphs:counts", world, table=table, world=world, **choices)
+        FOUND[key] = ranks.capture("tests.cases.graphs:counts", world, table=table, world=world, **choices)
     return FOUND[key]
 
 
@@ -153,27 +153,27 @@ def test_inputs_of_tensor_parallel_products_may_be_gathered_again(ranks: Ranks, 
 @pytest.mark.parametrize("how", ["none", "step"])
 def test_tensor_parallel_layers_keep_parts_alone(ranks: Ranks, how: str) -> None:
     """By hand: two inputs of products a layer, tokens x embed in float64, less the half that each of two devices keeps."""
-    parts, whole = (ranks.run("tests.cases.graphs:kept", 2, table="tensor", world=2, how=how, remat=r) for r in ("gather", "none"))
+    parts, whole = (ranks.capture("tests.cases.graphs:kept", 2, table="tensor", world=2, how=how, remat=r) for r in ("gather", "none"))
     assert whole - parts == LAYERS * 2 * BATCH * SEQ * 32 * 8 // 2
 
 
 def test_gradients_of_weights_are_made_where_their_layers_are(ranks: Ranks) -> None:
     """After the last attention's backward one layer's products of query, key and value are left; inductor by itself leaves most."""
-    ours, theirs = (ranks.run("tests.cases.graphs:weights_at_the_end", 2, table="tensor", world=2, chosen=c) for c in (True, False))
+    ours, theirs = (ranks.capture("tests.cases.graphs:weights_at_the_end", 2, table="tensor", world=2, chosen=c) for c in (True, False))
     assert ours <= 6 < theirs
 
 
 def test_compiled_blocks_gather_again_in_their_backward(ranks: Ranks) -> None:
     """Their sum would be the same if the partitioner gathered ahead and kept what is gathered."""
-    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="fsdp", world=2) == [TRIPS, TRIPS]
-    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2) == [2, 2]
-    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2, remat="gather") == [2, 2 + 2]
-    assert ranks.run("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2, remat="full") == [2, 2 + 2]
+    assert ranks.capture("tests.cases.graphs:gathers_of_a_block", 2, table="fsdp", world=2) == [TRIPS, TRIPS]
+    assert ranks.capture("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2) == [2, 2]
+    assert ranks.capture("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2, remat="gather") == [2, 2 + 2]
+    assert ranks.capture("tests.cases.graphs:gathers_of_a_block", 2, table="tensor", world=2, remat="full") == [2, 2 + 2]
 
 
 def test_communication_of_tensor_parallel_layers_runs_beside_their_backward_products(ranks: Ranks) -> None:
     """In the captured order: a gather, the product whose gradient is summed next, that sum, the other product, the sum's end."""
-    order = ranks.run("tests.cases.graphs:order_of_backward", 2, table="tensor", world=2)
+    order = ranks.capture("tests.cases.graphs:order_of_backward", 2, table="tensor", world=2)
     turn = ["gather", "mm", "gathered", "sum", "mm", "summed"]
     assert sum(order[i : i + len(turn)] == turn for i in range(len(order))) == 2 * LAYERS, order
 
@@ -205,7 +205,7 @@ def test_an_mlp_may_take_the_sequence_in_pieces(ranks: Ranks, table: str, world:
 
 
 def test_pieces_of_an_mlp_compute_nothing_more_often(ranks: Ranks) -> None:
-    whole, pieces = (ranks.run("tests.cases.graphs:counts", 1, table="single", world=1, remat="full", pieces=n) for n in (1, 4))
+    whole, pieces = (ranks.capture("tests.cases.graphs:counts", 1, table="single", world=1, remat="full", pieces=n) for n in (1, 4))
     # Forward gate, up and down; gate and up again; two products of each backward: for every piece, on a quarter of the tokens.
     assert pieces["mm"] == whole["mm"] + 2 * 3 * (3 + 2 + 6)
 

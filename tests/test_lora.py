@@ -98,7 +98,7 @@ def test_the_frozen_model_takes_no_gradient_products(ranks: Ranks) -> None:
 @pytest.mark.parametrize("how", ["step", "block"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_the_frozen_model_scatters_no_gradients(ranks: Ranks, how: str, remat: str) -> None:
-    found = ranks.run("tests.cases.lora:counts", 2, table="fsdp", world=2, model="llama", how=how, remat=remat)
+    found = ranks.capture("tests.cases.lora:counts", 2, table="fsdp", world=2, model="llama", how=how, remat=remat)
     # Of each adapter A or B is split, and its gradient scattered; no weight is. (The first layer, whose input has no gradient, is a
     # block of its own.)
     assert found["reduce_scatter"] == BASE * LAYERS, found

@@ -198,7 +198,7 @@ def test_training_goes_on_from_an_adapter_of_peft(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--lora.rank", "4"], "lora.rank is 4, but the adapters of lora.start have 5"),
+        (["--lora.rank", "4"], "lora.rank is 4, but the adapters of --lora.start have 5"),
         (["--lora.targets", "down"], "lora.start has adapters beside query, value, up"),
         (["--lora.start", "nowhere"], "nowhere does not exist"),
     ],

@@ -170,7 +170,7 @@ def test_vocabularies_are_compared(tmp_path: Path) -> None:
     description.save(description.describe(load("null", vocab_size=300, eod="<eod>")), description.beside(a))
     check_vocabulary(DataSettings((a,)), 301)
     assert data_vocabulary(DataSettings((a,))) == 301
-    with pytest.raises(UserError, match=r"has 301 ids and the model 256 \(model.vocab\). Give --data.set-vocab"):
+    with pytest.raises(UserError, match=r"has 301 ids and the model 256 \(--model.vocab\). Give --data.set-vocab"):
         check_vocabulary(DataSettings((a,)), 256)
     with pytest.raises(UserError, match="needs a tokenizer described beside the data"):
         data_vocabulary(DataSettings((b,)))
@@ -180,7 +180,7 @@ def test_vocabularies_are_compared(tmp_path: Path) -> None:
     apart = open_dataset(DataSettings((a,), mask_ends=True, split="1"), "train", 0, 2, 0, 301)
     assert apart is not None and apart.samples.reading.documents.end == 300  # type: ignore[attr-defined]
     for settings, message in (
-        (DataSettings((a,), fim_rate=0.5), "needs data.fim-ids"),
+        (DataSettings((a,), fim_rate=0.5), "needs --data.fim-ids"),
         (DataSettings((a,), fim_rate=1.5), "data.fim-rate is 1.5"),
         (DataSettings((a,), fim_rate=0.5, fim_ids=(1, 2, 301)), "data.fim-ids 1 2 301 lies outside"),
         (DataSettings((a,), end=-1), "data.end -1 lies outside"),

@@ -225,7 +225,7 @@ def test_what_each_schedule_does_after_warmup() -> None:
 
 
 def test_schedules_that_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"unknown optim.schedule 'cosin'\. Did you mean 'cosine'"):
+    with pytest.raises(UserError, match=r"unknown --optim.schedule 'cosin'\. Did you mean 'cosine'"):
         schedule("cosin", PEAK, STEPS)
     for wrong in ({"warmup": -1}, {"floor": 1.5}, {"floor": -0.1}, {"peak": -1.0}):
         with pytest.raises(UserError, match="must not be negative"):

@@ -51,7 +51,7 @@ def test_adapters_train_beside_products_in_pieces(ranks: Ranks, references: Path
 
 def counted(ranks: Ranks, piecewise: bool, table: str = "tensor", world: int = 2, **choices: Any) -> dict[str, int]:
     """Count operations in the graph of one micro-batch's gradient."""
-    return ranks.run("tests.cases.graphs:counts", world, table=table, world=world, piecewise=piecewise, **choices)
+    return ranks.capture("tests.cases.graphs:counts", world, table=table, world=world, piecewise=piecewise, **choices)
 
 
 def test_layers_in_pieces_have_no_exposed_collective_and_no_whole_product_beside_one(ranks: Ranks) -> None:

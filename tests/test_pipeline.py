@@ -46,7 +46,7 @@ PART = [
     case("llama", 4, 4, {"pipe": 2}, "1f1b"),
     case("gpt", 9, 6, {"pipe": 4}, "interleaved"),
     case("llama_tied", 7, 4, {"pipe": 3}, "zb_v"),
-    case("alibi", 8, 12, {"pipe": 8}, "gpipe"),
+    case("alibi", 8, 8, {"pipe": 8}, "gpipe"),
     case("llama_tied", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_h1", remat="full"),
     case("mistral", 5, 4, {"pipe": 2, "replica": 2, "context": 2}, "zb_v", remat="selective"),
     case("falcon", 9, 4, {"pipe": 4, "fsdp": 2}, "interleaved", virtual=2, split=[1, 1, 1, 1, 1, 2, 1, 1]),

@@ -32,7 +32,7 @@ def settle(flags: str, world: int) -> tuple[pretrain.Experiment, object]:
 
 
 REFUSED = [
-    ("--pipeline.schedule 1f1b", 1, "pipeline.schedule is 1f1b, but there is no pipeline: set mesh.pipe"),
+    ("--pipeline.schedule 1f1b", 1, "pipeline.schedule is 1f1b, but there is no pipeline: set --mesh.pipe"),
     ("--mesh.pipe 4 --pipeline.microbatches 2", 4, "too few for schedule 1f1b over 4 pipeline devices"),
     ("--mesh.pipe 4 --train.global-batch-size 3 --pipeline.schedule zb_v", 4, "too few for schedule zb_v"),
     ("--mesh.pipe 4 --pipeline.microbatches 5", 4, "do not divide into as many micro-batches"),

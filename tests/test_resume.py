@@ -84,7 +84,14 @@ def test_a_resumed_run_goes_on_bitwise(forks: Forks, straight: Any, tmp_path: Pa
     config = json.loads((out / "config.json").read_text())
     assert [r["step"] for r in config["resumed"]] == [3] and config["run_id"] == found.host["run_id"]
     other = forks.start([*TINY, *constant, "--resume", "auto", "--train.seed", "1", "--out", str(out)])
-    assert forks.wait(other) == [2] and "train.seed is 1" in other.text()
+    assert forks.wait(other) == [2] and "--train.seed is 1" in other.text()
+    before = (out / "metrics.jsonl").read_bytes(), (out / "config.json").read_bytes()
+    fewer = forks.start([*TINY, *constant, "--resume", "auto", "--train.steps", "5", "--out", str(out)])
+    assert forks.wait(fewer) == [2] and "--train.steps is 5" in fewer.text() and f"checkpoints/{STEPS} holds step {STEPS}" in fewer.text()
+    assert before == ((out / "metrics.jsonl").read_bytes(), (out / "config.json").read_bytes())
+    same = forks.start([*TINY, *constant, "--resume", "auto", "--out", str(out)])
+    assert forks.wait(same) == [0] and f"resumed after step {STEPS}" in same.text() and "all of --train.steps are done" in same.text()
+    assert metrics(out) == lines
     none = forks.start([*TINY, "--resume", "must", "--out", str(tmp_path / "none")])
     assert forks.wait(none) == [2] and "has no finished checkpoint" in none.text()
 

@@ -101,16 +101,21 @@ def test_a_second_process_finds_graphs_and_traces_less(tmp_path: Path) -> None:
 
 
 def test_the_cache_lies_where_it_is_told_or_with_the_user(tmp_path: Path) -> None:
-    code = "import os; from mtl.runtime import process; process.prepare_environment(); print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
-    base = {k: v for k, v in os.environ.items() if k not in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME")} | {"PYTHONPATH": str(ROOT)}
-
-    def place(**env: str) -> str:
-        return subprocess.run([sys.executable, "-c", code], env={**base, **env}, capture_output=True, text=True, check=True).stdout.strip()
-
-    assert place(TORCHINDUCTOR_CACHE_DIR="/given") == "/given"
-    assert place(XDG_CACHE_HOME=str(tmp_path)) == str(tmp_path / "mtl/compiled")
+    code = """
+import json, os, sys
+from mtl.runtime import process
+for given in json.loads(sys.argv[1]):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
+    os.environ.update(given)
+    process.prepare_environment()
+    print(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+"""
     (tmp_path / "file").touch()
-    assert place(XDG_CACHE_HOME=str(tmp_path / "file/under")) == "None", "torch's own default, where the user has no folder"
+    given = [{"TORCHINDUCTOR_CACHE_DIR": "/given"}, {"XDG_CACHE_HOME": str(tmp_path)}, {"XDG_CACHE_HOME": str(tmp_path / "file/under")}]
+    command = [sys.executable, "-c", code, json.dumps(given)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["/given", str(tmp_path / "mtl/compiled"), "None"], "at last torch's own, where the user has no folder"
 
 
 @pytest.mark.slow

@@ -55,8 +55,8 @@ def ramp(start: int, increment: int, samples: int, final: int) -> BatchSizes:
     """Grow the batch from ``start`` by ``increment`` at equal distances over ``samples`` samples to ``final``, as Megatron-LM does."""
     if start < 1 or increment < 1 or samples < 1 or start > final or (final - start) % increment:
         raise UserError(
-            f"batch.rampup is {start} {increment} {samples}: expected START INCREMENT SAMPLES, all above 0, where train.global-batch-size "
-            f"({final}) is START and a whole number of INCREMENTs."
+            f"--batch.rampup is {start} {increment} {samples}: expected START INCREMENT SAMPLES, all above 0, where "
+            f"--train.global-batch-size ({final}) is START and a whole number of INCREMENTs."
         )
     count = (final - start) // increment
     return by_samples([(0, start)] + [(ceil(i * samples / count), start + i * increment) for i in range(1, count + 1)])
@@ -65,8 +65,8 @@ def ramp(start: int, increment: int, samples: int, final: int) -> BatchSizes:
 def read_schedule(text: str, unit: str, seq_len: int, final: int) -> BatchSizes:
     """Read `8:1000 16:5000`: 8 samples a step until 1000 steps (samples, tokens) were taken, 16 until 5000, then ``final``."""
     wrong = UserError(
-        f"batch.schedule is {text!r}: expected SIZE:UNTIL pairs such as '8:1000 16:5000', sizes from 1 up and ends rising; after the last "
-        f"end train.global-batch-size holds. batch.unit ({unit}) says what is counted."
+        f"--batch.schedule is {text!r}: expected SIZE:UNTIL pairs such as '8:1000 16:5000', sizes from 1, ends rising; after the last "
+        f"end --train.global-batch-size holds. --batch.unit ({unit}) says what is counted."
     )
     points: list[tuple[int, int]] = []
     end = 0

@@ -29,7 +29,7 @@ class BatchShape:
                 raise UserError(f"train.{name} is {size}: it must be at least 1.")
         if self.global_batch % (self.micro_batch * rows):
             raise UserError(
-                f"train.global-batch-size {self.global_batch} does not divide by train.micro-batch-size {self.micro_batch} x {rows} "
+                f"--train.global-batch-size {self.global_batch} does not divide by --train.micro-batch-size {self.micro_batch} x {rows} "
                 f"data-parallel devices. Use a multiple of {self.micro_batch * rows}, or a smaller micro-batch or mesh."
             )
 

@@ -156,14 +156,14 @@ SPLITS = ("train", "valid", "test")
 def split_bounds(split: str) -> list[tuple[float, float] | None]:
     """Read a split such as ``969,30,1``: where train, valid and test begin and end, as shares; None for a split of nothing."""
     if not re.fullmatch(r"\s*[0-9.]+(\s*[,/ ]\s*[0-9.]+){0,2}\s*", split):
-        raise UserError(f"data.split is {split!r}: expected up to three shares of train, valid and test, such as 969,30,1.")
+        raise UserError(f"--data.split is {split!r}: expected up to three shares of train, valid and test, such as 969,30,1.")
     try:
         shares = [float(x) for x in re.findall(r"[.0-9]+", split)]
     except ValueError:
-        raise UserError(f"data.split is {split!r}: its shares must be numbers, such as 969,30,1.") from None
+        raise UserError(f"--data.split is {split!r}: its shares must be numbers, such as 969,30,1.") from None
     weights = np.array(shares + [0.0] * (3 - len(shares)))
     if weights.sum() <= 0:
-        raise UserError(f"data.split is {split!r}: one share at least must be above 0.")
+        raise UserError(f"--data.split is {split!r}: one share at least must be above 0.")
     weights = weights / weights.sum()
     edges = [0.0]
     for w in weights.tolist():

@@ -108,9 +108,9 @@ def open_sources(settings: DataSettings, split: str) -> list[Source]:
     """Open the corpora of one split; those that have nothing in it are refused in train and left out elsewhere."""
     own: tuple[str, ...] = getattr(settings, split)
     if own and settings.paths:
-        raise UserError(f"--data and --data.{split} are both given: use --data (split by data.split) or --data.train, .valid and .test.")
+        raise UserError(f"--data and --data.{split} are both given: use --data (split by --data.split) or --data.train, .valid and .test.")
     if settings.split is not None and not settings.paths:
-        raise UserError(f"data.split is {settings.split!r}, but --data is not given: --data.train, .valid and .test are not split.")
+        raise UserError(f"--data.split is {settings.split!r}, but --data is not given: --data.train, .valid and .test are not split.")
     if not own and not settings.paths:
         return []
     shares = settings.split or DEFAULT_SPLIT
@@ -122,7 +122,7 @@ def open_sources(settings: DataSettings, split: str) -> list[Source]:
         if not own and split != "train" and (settings.split is None or bounds is None):
             return []
         part = "holds no tokens" if own else f"has no tokens in split {split} of {shares}"
-        raise UserError(f"corpus {empty[0].path} {part}. Choose other data or another data.split.")
+        raise UserError(f"corpus {empty[0].path} {part}. Choose other data or another --data.split.")
     return [Source(e.name, e.weight, corpus) for e, corpus in found if corpus.size]
 
 
@@ -158,22 +158,22 @@ def choose_reading(settings: DataSettings, sources: Sequence[Source], vocab: int
     separate = settings.apart or settings.reset_positions or settings.mask_ends
     if separate and end is None and any(isinstance(s.corpus, Shard) for s in sources):
         raise UserError(
-            "data.apart, .reset-positions and .mask-ends need data.end, the end-of-document id: plain arrays have no documents."
+            "--data.apart, .reset-positions and .mask-ends need --data.end, the end-of-document id: plain arrays have no documents."
         )
     for name in ("fim_rate", "fim_spm_rate"):
         if not 0 <= getattr(settings, name) <= 1:
-            raise UserError(f"data.{name.replace('_', '-')} is {getattr(settings, name)}: it must lie from 0 to 1.")
+            raise UserError(f"--data.{name.replace('_', '-')} is {getattr(settings, name)}: it must lie from 0 to 1.")
     ids = settings.fim_ids
     if ids is None and settings.fim_rate and about:
         ids = next(((about.special[p], about.special[m], about.special[s]) for p, m, s in FILL_MIDDLE_NAMES if p in about.special), None)
     if settings.fim_rate and ids is None:
         raise UserError(
-            f"data.fim-rate {settings.fim_rate} needs data.fim-ids (prefix, middle, suffix): the data's tokenizer has no such tokens."
+            f"--data.fim-rate {settings.fim_rate} needs --data.fim-ids (prefix, middle, suffix): the data's tokenizer has no such tokens."
         )
-    named = {"data.end": [] if end is None else [end], "data.fim-ids": list(ids or ())}
+    named = {"--data.end": [] if end is None else [end], "--data.fim-ids": list(ids or ())}
     for name, values in named.items():
         if vocab is not None and any(not 0 <= i < vocab for i in values):
-            raise UserError(f"{name} {' '.join(map(str, values))} lies outside the model's vocabulary, 0 to {vocab - 1} (model.vocab).")
+            raise UserError(f"{name} {' '.join(map(str, values))} lies outside the model's vocabulary, 0 to {vocab - 1} (--model.vocab).")
     fill = FillMiddle(settings.fim_rate, settings.fim_spm_rate, *ids) if settings.fim_rate and ids else None
     return Reading(Documents(settings.apart, settings.reset_positions, settings.mask_ends, end), fill, vocab)
 
@@ -199,7 +199,7 @@ def check_vocabulary(settings: DataSettings, vocab: int) -> None:
     about = describe(settings)
     if about is not None and about.vocab_size > vocab:
         raise UserError(
-            f"the data's tokenizer ({about.kind}) has {about.vocab_size} ids and the model {vocab} (model.vocab). "
+            f"the data's tokenizer ({about.kind}) has {about.vocab_size} ids and the model {vocab} (--model.vocab). "
             f"Give --data.set-vocab or --model.vocab {about.vocab_size}, or other data."
         )
 
@@ -209,7 +209,7 @@ def data_vocabulary(settings: DataSettings) -> int:
     about = describe(settings)
     if about is None:
         raise UserError(
-            "data.set-vocab needs a tokenizer described beside the data (mtl data build writes it): give --model.vocab instead."
+            "--data.set-vocab needs a tokenizer described beside the data (mtl data build writes it): give --model.vocab instead."
         )
     return about.vocab_size
 

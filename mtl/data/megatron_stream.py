@@ -98,7 +98,7 @@ def megatron_samples(
     if built.size < samples:
         raise UserError(
             f"--data.order megatron: corpora without weights are seen once, which gives {built.size} samples of {seq_len} tokens, "
-            f"but the run takes {samples}. Give weights, or fewer train.steps."
+            f"but the run takes {samples}. Give weights, or fewer --train.steps."
         )
     return MegatronSamples(built, [name for name, *_ in parts], seq_len, seed, reading)
 

@@ -1,6 +1,7 @@
 """Text that every Python ships: its manual's topics, its library's docstrings and source, as bytes."""
 
 import hashlib
+import os
 import pydoc_data.topics
 import sysconfig
 from pathlib import Path
@@ -38,8 +39,9 @@ def python_text() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
 def _documents() -> dict[str, bytes]:
     found = {f"topic:{name}": text.encode() for name, text in pydoc_data.topics.topics.items()}
     library = Path(sysconfig.get_path("stdlib"))
-    for path in library.rglob("*.py"):
-        place = path.relative_to(library)
-        if not _LEFT_OUT & set(place.parts) and path.is_file():
-            found[f"source:{place.as_posix()}"] = path.read_bytes()
+    for folder, folders, files in os.walk(library):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT]  # not walked: site-packages alone may hold 10,000 files
+        for path in (Path(folder) / name for name in files if name.endswith(".py")):
+            if path.is_file():
+                found[f"source:{path.relative_to(library).as_posix()}"] = path.read_bytes()
     return found

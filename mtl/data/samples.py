@@ -86,7 +86,7 @@ class Windows:
         length = seq_len + 1
         count = len(self.text) // length - 1
         if count < 1:
-            raise UserError(f"the {self.name} text has {len(self.text)} tokens: too few for sequences of {seq_len}; lower train.seq-len.")
+            raise UserError(f"the {self.name} text has {len(self.text)} tokens: too few for sequences of {seq_len}; lower --train.seq-len.")
         epoch, place = divmod(index, count)
         key = random.key(self.seed, self.name, epoch)
         start = random.permute(key, place, count) * length + key % length

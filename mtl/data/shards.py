@@ -20,7 +20,7 @@ def map_tokens(path: str | Path, dtype: str | None = None, skip_bytes: int = 0) 
     """Map a shard: a numpy file, an llm.c shard, or raw elements of ``dtype`` behind ``skip_bytes`` of a header."""
     path = Path(path)
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"data.dtype is {dtype!r}: known are {', '.join(DTYPES)}.")
+        raise UserError(f"--data.dtype is {dtype!r}: known are {', '.join(DTYPES)}.")
     said = None if dtype is None else DTYPES[dtype]
     try:
         with path.open("rb") as file:
@@ -65,12 +65,12 @@ def _raw(path: Path, said: np.dtype[Any] | None, head: bytes, size: int, skip: i
             raise UserError(f"{path} holds {own.name} by its own header, not {said.name}.")
         return np.memmap(path, own, "r", _LLMC_HEADER, (count,)).view(np.ndarray) if count else np.zeros(0, own)
     if said is None and path.suffix == ".npy":
-        raise UserError(f"{path} cannot be read as a .npy array of tokens: it has no numpy header. For a plain array give data.dtype.")
+        raise UserError(f"{path} cannot be read as a .npy array of tokens: it has no numpy header. For a plain array give --data.dtype.")
     if said is None:
         raise UserError(
             f"{path} has no {path.with_suffix('.idx').name} beside it and does not say what its elements are. "
-            "Give a corpus's prefix, or data.dtype (such as uint16) for a plain array of tokens."
+            "Give a corpus's prefix, or --data.dtype (such as uint16) for a plain array of tokens."
         )
     if skip < 0 or size < skip or (size - skip) % said.itemsize:
-        raise UserError(f"{path} has {size} bytes: after {skip} (data.skip-bytes) that is no whole number of {said.name} tokens.")
+        raise UserError(f"{path} has {size} bytes: after {skip} (--data.skip-bytes) that is no whole number of {said.name} tokens.")
     return np.memmap(path, said, "r", skip).view(np.ndarray) if size > skip else np.zeros(0, said)

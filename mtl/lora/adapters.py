@@ -40,17 +40,17 @@ class Lora:
     def __post_init__(self) -> None:
         """Refuse what is no adapter."""
         if self.rank < 0:
-            raise UserError(f"lora.rank is {self.rank}: expected at least 1, or 0 for no adapters.")
+            raise UserError(f"--lora.rank is {self.rank}: expected at least 1, or 0 for no adapters.")
         if not 0 < self.alpha < float("inf"):
-            raise UserError(f"lora.alpha is {self.alpha}: expected a number above 0.")
+            raise UserError(f"--lora.alpha is {self.alpha}: expected a number above 0.")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"lora.dropout is {self.dropout}: a dropout rate lies from 0 to under 1.")
+            raise UserError(f"--lora.dropout is {self.dropout}: a dropout rate lies from 0 to under 1.")
         known = {*decoder.PROJECTIONS, *(axis for sides in decoder.PROJECTIONS.values() for axis in names("".join(sides)))}
         for target in self.targets:
             if target not in known:
-                raise unknown("target in lora.targets", target, known)
+                raise unknown("target in --lora.targets", target, known)
         if self.rank and not self.targets:
-            raise UserError("lora.targets is empty: name at least one projection or axis, such as heads.")
+            raise UserError("--lora.targets is empty: name at least one projection or axis, such as heads.")
 
     @property
     def scale(self) -> float:
@@ -63,7 +63,7 @@ def adapter_specs(specs: Mapping[str, Any], lora: Lora) -> dict[str, Any]:
     layers = specs["layers"]
     chosen = {n: sides for n, sides in decoder.PROJECTIONS.items() if n in layers and _wanted(n, sides, lora.targets)}
     if not chosen:
-        raise UserError(f"lora.targets {', '.join(lora.targets)} name no projection of this model. It has: {', '.join(_held(layers))}.")
+        raise UserError(f"--lora.targets {', '.join(lora.targets)} name no projection of this model. It has: {', '.join(_held(layers))}.")
     return {"layers": {name: {"lora": _pair(layers[name]["weight"], sides, lora.rank)} for name, sides in chosen.items()}}
 
 

@@ -97,33 +97,33 @@ class Config:
         """Refuse sizes that cannot be a model."""
         for name in ("vocab", "layers", "embed", "heads", "kv_heads", "mlp", "head_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+                raise UserError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1.")
         if self.heads % self.kv_heads:
             raise UserError(
-                f"model.heads {self.heads} does not divide by model.kv_heads {self.kv_heads}: every key head serves equally many."
+                f"--model.heads {self.heads} does not divide by --model.kv-heads {self.kv_heads}: every key head serves equally many."
             )
         if self.positions == "learned" and self.max_positions < 1:
-            raise UserError("model.positions is learned, so model.max_positions must say how many there are (at least 1).")
+            raise UserError("--model.positions is learned, so --model.max-positions must say how many there are (at least 1).")
         if self.positions == "rotary" and self.head_size % 2:
-            raise UserError(f"model.head_size is {self.head_size}: rotary positions need an even head size.")
+            raise UserError(f"--model.head-size is {self.head_size}: rotary positions need an even head size.")
         if self.rope_scaling.kind == "dynamic" and self.head_size < 4:
-            raise UserError(f"model.head_size is {self.head_size}: dynamic rope scaling needs at least 4.")
+            raise UserError(f"--model.head-size is {self.head_size}: dynamic rope scaling needs at least 4.")
         if self.full_layers and (self.window is None or not set(self.full_layers) <= set(range(self.layers))):
-            raise UserError(f"model.full_layers {self.full_layers} must be numbers of layers, from 0, of a model that has a window.")
+            raise UserError(f"--model.full-layers {self.full_layers} must be numbers of layers, from 0, of a model that has a window.")
         if self.window is not None and self.window < 1:
-            raise UserError(f"model.window is {self.window}: a sliding window sees at least 1 token, or None for all.")
+            raise UserError(f"--model.window is {self.window}: a sliding window sees at least 1 token, or None for all.")
         if self.activation not in GATED | PLAIN:
-            raise unknown("model.activation", self.activation, GATED | PLAIN)
+            raise unknown("--model.activation", self.activation, GATED | PLAIN)
         if not 0 < self.rope_theta < math.inf:
-            raise UserError(f"model.rope_theta is {self.rope_theta}: it must be a number above 0.")
+            raise UserError(f"--model.rope-theta is {self.rope_theta}: it must be a number above 0.")
         if self.attention_scale is not None and not math.isfinite(self.attention_scale):
-            raise UserError(f"model.attention_scale is {self.attention_scale}: it must be a finite number, or None for head_size ** -0.5.")
+            raise UserError(f"--model.attention-scale is {self.attention_scale}: it must be finite, or None for head_size ** -0.5.")
         for name in ("norm_eps", "z_loss", "init_std"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be a number from 0 on.")
+                raise UserError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}: it must be a number from 0 on.")
         for name in DROPOUTS:
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: a dropout rate lies from 0 to under 1.")
+                raise UserError(f"--model.{name.replace('_', '-')} is {getattr(self, name)}: a dropout rate lies from 0 to under 1.")
 
 
 def config_from(values: Mapping[str, Any]) -> Config:

@@ -39,14 +39,14 @@ class RopeScaling:
     def __post_init__(self) -> None:
         """Refuse numbers that stretch nothing."""
         if self.kind not in KINDS:
-            raise unknown("model.rope-scaling.kind", self.kind, KINDS)
+            raise unknown("--model.rope-scaling.kind", self.kind, KINDS)
         if self.kind != "none" and self.factor < 1.0:
-            raise UserError(f"model.rope-scaling.factor is {self.factor}: it must be at least 1.")
+            raise UserError(f"--model.rope-scaling.factor is {self.factor}: it must be at least 1.")
         if self.kind in ("dynamic", "yarn", "llama3") and self.original < 1:
-            raise UserError(f"model.rope-scaling.original is {self.original}: rope scaling {self.kind} needs the positions known so far.")
+            raise UserError(f"--model.rope-scaling.original is {self.original}: rope scaling {self.kind} needs the positions known so far.")
         if self.kind == "llama3" and not 0 < self.low_freq_factor < self.high_freq_factor:
             raise UserError(
-                f"model.rope-scaling.low-freq-factor {self.low_freq_factor} must lie from 0 to high-freq-factor {self.high_freq_factor}."
+                f"--model.rope-scaling.low-freq-factor {self.low_freq_factor} must lie from 0 to high-freq-factor {self.high_freq_factor}."
             )
 
 

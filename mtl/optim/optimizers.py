@@ -20,7 +20,7 @@ def adamw(
     impl is "plain" (compiled into one pass) or "fused" (torch's kernel).
     """
     if impl not in ("plain", "fused"):
-        raise unknown("optim.impl", impl, ("plain", "fused"))
+        raise unknown("--optim.impl", impl, ("plain", "fused"))
     if impl == "fused":
         return _fused_adamw(decay_mask, b1, b2, eps, weight_decay)
     return descend(chain(scale_by_adam(b1, b2, eps), add_decayed_weights(weight_decay, decay_mask)))
@@ -40,7 +40,7 @@ def _fused_adamw(decay_mask: tree.Tree, b1: float, b2: float, eps: float, weight
         moments, rest = state
         columns = [tree.leaves(t) for t in (params, grads, moments["mean"], moments["square"])]
         if columns[0][0].device.type not in ("cpu", "cuda", "mps", "xpu"):
-            raise UserError(f"optim.impl fused has no kernel for {columns[0][0].device.type}: choose plain.")
+            raise UserError(f"--optim.impl fused has no kernel for {columns[0][0].device.type}: choose plain.")
         count = moments["count"] + good.to(moments["count"].dtype)
         lr = rate if rate.device.type == "cpu" else rate.to(torch.float32)  # what accelerators' kernels read
         for yes in (True, False):

@@ -45,9 +45,11 @@ SCHEDULES: Mapping[str, Callable[[Tensor, int, int, float], Tensor]] = MappingPr
 def schedule(name: str, peak: float, steps: int, warmup: int = 0, floor: float = 0.0) -> Schedule:
     """Make a schedule: linear warmup over ``warmup`` steps to ``peak``, then ``name`` down to ``floor`` times the peak at ``steps``."""
     if name not in SCHEDULES:
-        raise unknown("optim.schedule", name, SCHEDULES)
+        raise unknown("--optim.schedule", name, SCHEDULES)
     if warmup < 0 or not 0.0 <= floor <= 1.0 or peak < 0:
-        raise UserError(f"schedule: peak {peak} and warmup {warmup} must not be negative, and floor {floor} must lie from 0 to 1.")
+        raise UserError(
+            f"--optim.lr {peak} and --optim.warmup-steps {warmup} must not be negative, --optim.min-lr-ratio {floor} must lie from 0 to 1."
+        )
 
     def rate(step: Tensor) -> Tensor:
         t = step.to(torch.float32 if step.device.type == "mps" else torch.float64)

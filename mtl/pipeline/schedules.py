@@ -125,14 +125,14 @@ def build(schedule: str, devices: int, microbatches: int | None, virtual: int | 
     if schedule not in BUILDERS:
         return _from_file(schedule, devices, microbatches, virtual)
     if microbatches is None:
-        raise UserError(f"schedule {schedule} needs a number of micro-batches (pipeline.microbatches).")
+        raise UserError(f"schedule {schedule} needs a number of micro-batches (--pipeline.microbatches).")
     own = 2 if schedule in ("interleaved", "zb_v") else 1
     virtual = own if virtual is None else virtual
     if schedule != "interleaved" and virtual != own:
-        raise UserError(f"pipeline.virtual is {virtual}, but schedule {schedule} has {own} a device. Leave it out, or use interleaved.")
+        raise UserError(f"--pipeline.virtual is {virtual}, but schedule {schedule} has {own} a device. Leave it out, or use interleaved.")
     if schedule != "gpipe" and microbatches < devices:
         raise UserError(
-            f"pipeline.microbatches is {microbatches}: too few for schedule {schedule} over {devices} pipeline devices, which needs at "
+            f"--pipeline.microbatches is {microbatches}: too few for schedule {schedule} over {devices} pipeline devices, which needs at "
             f"least {devices}. Use more (a larger global batch or smaller micro-batches), fewer devices, or schedule gpipe."
         )
     return Table(schedule, BUILDERS[schedule](devices, microbatches, virtual))
@@ -142,23 +142,23 @@ def _from_file(name: str, devices: int, microbatches: int | None, virtual: int |
     path = Path(name)
     if not path.is_file():
         if path.suffix or "/" in name:
-            raise UserError(f"pipeline.schedule {name}: there is no such file.")
-        raise unknown("pipeline.schedule", name, (*BUILDERS, "a file"))
+            raise UserError(f"--pipeline.schedule {name}: there is no such file.")
+        raise unknown("--pipeline.schedule", name, (*BUILDERS, "a file"))
     try:
         table = parse(path.read_text(), name)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"pipeline.schedule {name} cannot be read: {error}.") from None
+        raise UserError(f"--pipeline.schedule {name} cannot be read: {error}.") from None
     simulate(table)
     if table.devices != devices:
-        raise UserError(f"pipeline.schedule {name} has lines for {table.devices} devices, but the pipeline has {devices} (mesh.pipe).")
+        raise UserError(f"--pipeline.schedule {name} has lines for {table.devices} devices, but the pipeline has {devices} (--mesh.pipe).")
     if microbatches is not None and table.microbatches != microbatches:
         raise UserError(
-            f"pipeline.schedule {name} has {table.microbatches} micro-batches, but a step has {microbatches} (pipeline.microbatches)."
+            f"--pipeline.schedule {name} has {table.microbatches} micro-batches, but a step has {microbatches} (--pipeline.microbatches)."
         )
     if virtual is not None and table.stages != virtual * devices:
         raise UserError(
-            f"pipeline.schedule {name} has {table.stages} stages on {devices} devices, but pipeline.virtual {virtual} makes "
-            f"{virtual * devices}. Leave pipeline.virtual out."
+            f"--pipeline.schedule {name} has {table.stages} stages on {devices} devices, but --pipeline.virtual {virtual} makes "
+            f"{virtual * devices}. Leave --pipeline.virtual out."
         )
     return table
 

@@ -68,15 +68,15 @@ def split_layers(layers: int, stages: int, head: float, embed: float, given: Seq
     if given is not None:
         if len(given) != stages or sum(given) != layers or min(given) < 1:
             raise UserError(
-                f"pipeline.layers-per-stage is {' '.join(str(n) for n in given)}: expected {stages} numbers (one a stage), each at least "
+                f"--pipeline.layers-per-stage is {' '.join(str(n) for n in given)}: expected {stages} numbers (one a stage), each at least "
                 f"1, whose sum is the model's {layers} layers; their sum is {sum(given)}."
             )
         counts = list(given)
     else:
         if layers < stages:
             raise UserError(
-                f"model.layers is {layers}, which do not split over the pipeline's {stages} stages (devices x virtual stages): each needs "
-                "at least 1. Use fewer stages (mesh.pipe, pipeline.virtual) or more layers."
+                f"--model.layers is {layers}, which do not split over the pipeline's {stages} stages (devices x virtual stages): each "
+                "needs at least 1. Use fewer stages (--mesh.pipe, --pipeline.virtual) or more layers."
             )
         counts = [1] * stages
         extra = [0.0] * stages

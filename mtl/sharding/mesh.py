@@ -41,7 +41,7 @@ class MeshShape:
         sizes = self.sizes()
         for name, size in sizes.items():
             if size != -1 and size < 1:
-                raise UserError(f"mesh.{name} is {size}: a mesh axis has at least 1 device, or -1 for the rest.")
+                raise UserError(f"--mesh.{name} is {size}: a mesh axis has at least 1 device, or -1 for the rest.")
         free = [name for name, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise UserError(f"mesh axes {' and '.join(free)} are both -1: only one axis can take the rest of the {world} devices.")

@@ -40,5 +40,5 @@ def check_finite(record: dict[str, Any]) -> None:
     what = f"the loss of micro-batch {bad[0]} is {record['losses'][bad[0]]}" if bad else f"the gradient norm is {record['grad_norm']}"
     raise TrainingStopped(
         f"step {record['step']}: {what}. The state after step {record['step'] - 1} is untouched. "
-        "A lower optim.lr, more optim.warmup-steps or a wider --precision may help."
+        "A lower --optim.lr, more --optim.warmup-steps or a wider --precision may help."
     )

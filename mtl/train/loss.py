@@ -51,14 +51,14 @@ def parse_remat(text: str, away: bool = False) -> Remat:
     kind, _, number = text.partition(":")
     if away and text in ("none", "gather", "selective"):
         raise UserError(
-            f"offload of activations brings to the host what layers computed again in backward keep, their inputs, but remat is {text!r}, "
+            f"--offload activations brings to the host what layers computed again in backward keep, their inputs, but --remat is {text!r}, "
             "which computes no whole layer again. Take --remat full or every:N."
         )
     if text in ("none", "gather", "selective", "full"):
         return Remat(text, away=away)
     if kind == "every" and number.isdecimal() and int(number) > 0:
         return Remat("full", int(number), away)
-    raise UserError(f"remat is {text!r}: expected none, gather, selective, full or every:N (each N-th layer in full, N at least 1).")
+    raise UserError(f"--remat is {text!r}: expected none, gather, selective, full or every:N (each N-th layer in full, N at least 1).")
 
 
 def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[Any, Any, Any]:

@@ -31,7 +31,7 @@ KINDS = ("none", "activations", "optimizer", "both")
 def check(offload: str) -> None:
     """Refuse an unknown kind."""
     if offload not in KINDS:
-        raise unknown("offload", offload, KINDS)
+        raise unknown("--offload", offload, KINDS)
 
 
 def activations(offload: str) -> bool:

@@ -47,10 +47,10 @@ class StepOptions:
     def __post_init__(self) -> None:
         """Refuse an unknown way to compile."""
         if self.compile not in ("none", "block", "step"):
-            raise unknown("compile", self.compile, ("none", "block", "step"))
+            raise unknown("--compile", self.compile, ("none", "block", "step"))
         offload.check(self.offload)
         if offload.activations(self.offload) and self.compile == "block":
-            raise UserError("offload of activations needs --compile step or none: a layer compiled alone keeps its input on the device.")
+            raise UserError("--offload activations needs --compile step or none: a layer compiled alone keeps its input on the device.")
 
     def again(self) -> Remat:
         """Say what is computed again in backward, and where it waits."""

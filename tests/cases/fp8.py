@@ -112,10 +112,10 @@ def batch(par: Any, step: int) -> Any:
     return to_device(par, text[:, :-1][rows], text[:, 1:][rows], rows, torch.float32, {})
 
 
-def losses(table: str = "single", precision: str = "fp8", remat: str = "none") -> dict[str, list[float]]:
-    """Give the losses of 30 steps."""
+def losses(precisions: list[str], table: str = "single", remat: str = "none") -> dict[str, list[float]]:
+    """Give the losses of 30 steps, by precision."""
     found: dict[str, list[float]] = {}
-    for name in ("bf16", precision):
+    for name in precisions:
         policy = PRECISIONS[name]
         par = place(table, 1 if table == "single" else 2, name)
         specs = decoder.specs(CONFIG)

@@ -79,7 +79,7 @@ def make_corpus(
             counts.rows += 1
             found += _cut(_trimmed(whole), seq_len, on_long, counts)
     if not found:
-        raise UserError(f"the chat data has no documents ({counts}): give other files, or another --on-long or train.seq-len.")
+        raise UserError(f"the chat data has no documents ({counts}): give other files, or another --on-long or --train.seq-len.")
     counts.documents = len(found)
     counts.tokens = sum(len(d.tokens) - 1 for d in found)
     counts.target_tokens = sum(int(np.count_nonzero(d.weights[1:])) for d in found)
