@@ -19,7 +19,7 @@ import torch
 from experiments.checkpoints import check_metric
 from experiments.settings import CheckpointSettings
 from mtl import checkpoint, tree
-from mtl.checkpoint import arrays, geometry
+from mtl.checkpoint import arrays, files, geometry
 from mtl.checkpoint.background import Saver
 from mtl.checkpoint.files import UNFINISHED, seal, take_lock, unseal
 from mtl.checkpoint.peers import Damaged
@@ -151,6 +151,7 @@ def test_every_file_and_folder_is_flushed_before_the_commit(tmp_path: Path, monk
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(files, "MEMORY", ())
     checkpoint.save(tmp_path / "3", STATE | {"many": {f"n{i}": values((3,)) for i in range(40)}}, extra={"_model/a.json": b"{}"})
     place = tmp_path / f"3{UNFINISHED}"
     want = {str(place / p.relative_to(tmp_path / "3")) for p in [tmp_path / "3", *(tmp_path / "3").rglob("*")]}

@@ -24,6 +24,9 @@ FLUSHES = 16
 LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs")
 """File systems of this machine alone, whose files may be read through memory maps: a server that goes away would kill the reader."""
 
+MEMORY = ("ramfs", "tmpfs")
+"""File systems without a disk."""
+
 
 def dump(value: Any) -> bytes:
     """Spell JSON one way: sorted keys, no surprises."""
@@ -55,8 +58,10 @@ def flush(path: Path) -> None:
 
 
 def flush_all(paths: Iterable[Path]) -> None:
-    """Flush many files and folders, many at a time: a file system takes them together, where one after the other each would wait for it."""
+    """Flush many files and folders of one file system, many at a time: it takes them together, where each would wait for the one before."""
     todo = list(paths)
+    if in_memory(todo[0]):
+        return
     with ThreadPoolExecutor(FLUSHES, thread_name_prefix="flush") as pool:
         for done in [pool.submit(lambda some: [flush(path) for path in some], todo[i::FLUSHES]) for i in range(FLUSHES)]:
             done.result()
@@ -102,13 +107,24 @@ def check_file(folder: Path, name: str, want: Mapping[str, Any]) -> bytes:
 
 
 def is_local(path: Path) -> bool:
-    """Tell whether a path lies on this machine's own disks or memory, as the table of mounts says; elsewhere it has none."""
+    """Tell whether a path lies on this machine's own disks or memory."""
+    return _file_system(path) in LOCAL
+
+
+def in_memory(path: Path) -> bool:
+    """Tell whether a path lies in a file system that has no disk: there is nothing to flush to."""
+    return _file_system(path) in MEMORY
+
+
+def _file_system(path: Path) -> str:
+    """Name the kind of file system that holds a path, as the table of mounts says; nothing where there is no such table."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:
-        return False
-    over = [(len(where), kind) for _, where, kind, *_ in mounts if path.resolve().is_relative_to(where.replace("\\040", " "))]
-    return max(over, default=(0, ""))[1] in LOCAL
+        return ""
+    found = path.resolve()
+    over = [(len(where), i, kind) for i, (_, where, kind, *_) in enumerate(mounts) if found.is_relative_to(where.replace("\\040", " "))]
+    return max(over, default=(0, 0, ""))[2]  # of two mounts on one place the later hides the other
 
 
 def unfinished(path: Path) -> Path:

@@ -35,6 +35,8 @@ ALONE = min(16, os.cpu_count() or 1)
 """The threads of a process that saves alone: to memory, checksums are what takes time."""
 IN_FLIGHT = 2 * geometry.FILE_BYTES
 """Bytes a thread that are handed to tensorstore and not written yet, which is also about what it copies."""
+LEAST_IN_FLIGHT = 8 * geometry.FILE_BYTES
+"""The same where there are few threads: who waits for the oldest file must find others under way."""
 UNFLUSHED = 64
 """How many files a process may have written and not flushed."""
 STREAMED = 128 << 20
@@ -95,7 +97,8 @@ def save(
     small = small_files(host, config, extra)
     state = regular(state)
     give, in_flight = (part_of(state), None) if part is None else (part, STREAMED)
-    boxes = ((leaf, box, give(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine)
+    largest_first = sorted(plan.leaves, key=lambda leaf: math.prod(leaf.split.shape), reverse=True)
+    boxes = ((leaf, box, give(leaf.name, box)) for leaf in largest_first for box in leaf.mine)
     write_checkpoint(path, plan, small, group, [boxes], ALONE if group.world == 1 else THREADS, in_flight)
 
 
@@ -219,7 +222,7 @@ def write_checkpoint(
         created = {leaf.name: arrays.create(folder, leaf.name, leaf.meta(), ctx) for leaf in plan.leaves if group.rank == 0}
         try:
             for pieces in waves:
-                _write_pieces(folder, pieces, created, ctx, in_flight or threads * IN_FLIGHT)
+                _write_pieces(folder, pieces, created, ctx, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT))
         finally:
             for array in created.values():
                 _written(array)
@@ -259,32 +262,40 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, A
     """Write some pieces, all on the disk on return. Arrays that are not ``created`` here are opened.
 
     Each file is flushed as soon as it is written, by threads beside: a disk is fastest with much to do, and what is computed for a file
-    (checksums, tiles) does not wait for another file's flush.
+    (checksums, tiles) does not wait for another file's flush. In memory there is nothing to flush.
     """
     opened: dict[str, Any] = {}
+    on_disk = not files.in_memory(folder)
     flying: deque[tuple[Any, int]] = deque()
     flushing: deque[Future[None]] = deque()
     bytes_flying = 0
     with ThreadPoolExecutor(files.FLUSHES, thread_name_prefix="flush") as pool:
-        for leaf, (offset, shape), values in pieces:
-            if tuple(values.shape) != shape or str(values.dtype) != f"torch.{leaf.dtype}":
-                raise UserError(
-                    f"checkpoint leaf {leaf.name!r}: the part at {offset} is {values.dtype} {tuple(values.shape)}, "
-                    f"expected {leaf.dtype} {shape}."
-                )
-            if leaf.name not in opened:
-                array = created[leaf.name] if leaf.name in created else arrays.open_new(folder, leaf.name, leaf.meta(), ctx)
-                opened = {leaf.name: _written(array)}
-            x = arrays.as_numpy(values.cpu())
-            while flying and bytes_flying + x.nbytes > in_flight:
-                done, size = flying.popleft()
-                _written(done)
-                bytes_flying -= size
-            while len(flushing) > UNFLUSHED:
-                flushing.popleft().result()
-            flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
-            bytes_flying += x.nbytes
-            flushing.append(pool.submit(_flush, flying[-1][0], folder / leaf.file_at(offset)))
+        try:
+            for leaf, (offset, shape), values in pieces:
+                if tuple(values.shape) != shape or str(values.dtype) != f"torch.{leaf.dtype}":
+                    raise UserError(
+                        f"checkpoint leaf {leaf.name!r}: the part at {offset} is {values.dtype} {tuple(values.shape)}, "
+                        f"expected {leaf.dtype} {shape}."
+                    )
+                if leaf.name not in opened:
+                    array = created[leaf.name] if leaf.name in created else arrays.open_new(folder, leaf.name, leaf.meta(), ctx)
+                    opened = {leaf.name: _written(array)}
+                x = arrays.as_numpy(values.cpu())
+                while flying and bytes_flying + x.nbytes > in_flight:
+                    done, size = flying.popleft()
+                    _written(done)
+                    bytes_flying -= size
+                while len(flushing) > UNFLUSHED:
+                    flushing.popleft().result()
+                flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
+                bytes_flying += x.nbytes
+                if on_disk:
+                    flushing.append(pool.submit(_flush, flying[-1][0], folder / leaf.file_at(offset)))
+        finally:
+            for done, _ in flying:
+                done.exception()  # whatever failed: nothing is written into a folder that is removed
+        for done, _ in flying:
+            _written(done)
         for flushed in flushing:
             flushed.result()
 
