@@ -89,7 +89,7 @@ def metadata(shape: Sequence[int], dtype: str, chunk: Sequence[int], tile: Seque
 
 
 def create(folder: Path, name: str, meta: Mapping[str, Any], ctx: Any) -> Any:
-    """Write an array's zarr.json and open the array to write to; gives a future."""
+    """Write an array's zarr.json and open the array to write to, in a resolved folder; gives a future."""
     return ts.open(_new(folder, name, meta), create=True, context=ctx)
 
 
@@ -104,7 +104,7 @@ def open_old(folder: Path, name: str, ctx: Any, driver: str = "zarr3", ocdbt: bo
     ``mapped`` reads files through memory maps: half the processor time (tensorstore takes fresh pages for every plain read), for files
     that are read whole, since the kernel reads ahead of a map more than of a file.
     """
-    spec: dict[str, Any] = {**_spec(folder, name), "driver": driver, "fill_missing_data_reads": False}
+    spec: dict[str, Any] = {**_spec(folder.resolve(), name), "driver": driver, "fill_missing_data_reads": False}
     if mapped:
         spec["kvstore"]["file_io_mode"] = {"mode": "memmap"}
     if ocdbt:
@@ -142,4 +142,4 @@ def _new(folder: Path, name: str, meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _spec(folder: Path, name: str) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/{name}/"}}
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/{name}/"}}

@@ -58,10 +58,8 @@ def flush(path: Path) -> None:
 
 
 def flush_all(paths: Iterable[Path]) -> None:
-    """Flush many files and folders of one file system, many at a time: it takes them together, where each would wait for the one before."""
+    """Flush many files and folders, many at a time: a file system takes them together, where one after the other each would wait for it."""
     todo = list(paths)
-    if in_memory(todo[0]):
-        return
     with ThreadPoolExecutor(FLUSHES, thread_name_prefix="flush") as pool:
         for done in [pool.submit(lambda some: [flush(path) for path in some], todo[i::FLUSHES]) for i in range(FLUSHES)]:
             done.result()
@@ -135,7 +133,8 @@ def unfinished(path: Path) -> Path:
 def publish(path: Path) -> None:
     """Make a checkpoint whose files are on the disk visible in one step, on the disk too."""
     partial = unfinished(path)
-    flush_all(Path(folder) for folder, _, _ in os.walk(partial))
+    if not in_memory(partial):
+        flush_all(Path(folder) for folder, _, _ in os.walk(partial))
     if path.exists():
         raise CheckpointError(
             f"{path} came into being while this checkpoint was written: two programs save there. Nothing was overwritten."

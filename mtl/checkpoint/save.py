@@ -215,7 +215,7 @@ def write_checkpoint(
     The pieces of a wave are on the disk before the next wave is asked for.
     """
     begun, ctx = time.time(), arrays.context(threads)
-    folder = files.unfinished(path) / ITEM
+    folder = files.unfinished(path).resolve() / ITEM
     unlock: list[Callable[[], None]] = []
 
     def write() -> None:
@@ -333,7 +333,8 @@ def _commit(path: Path, plan: Plan, small: Mapping[str, bytes | Path], begun: fl
     written.append(files.write_file(folder / MANIFEST, files.seal(manifest)))
     written.append(files.write_file(partial / "_CHECKPOINT_METADATA", orbax.step_metadata(begun)))
     written.append(files.write_file(partial / "commit_success.txt", b"Checkpoint commit was successful.\n"))
-    files.flush_all(written)
+    if not files.in_memory(folder):
+        files.flush_all(written)
     files.publish(path)
 
 
