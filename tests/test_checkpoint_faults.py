@@ -156,6 +156,19 @@ def test_every_file_and_folder_is_flushed_before_the_commit(tmp_path: Path, monk
     place = tmp_path / f"3{UNFINISHED}"
     want = {str(place / p.relative_to(tmp_path / "3")) for p in [tmp_path / "3", *(tmp_path / "3").rglob("*")]}
     assert want == set(flushed[:-1]) and flushed[-1] == str(tmp_path), "the folder's new name comes last"
+    monkeypatch.setattr(files, "MEMORY", files.LOCAL)
+    flushed.clear()
+    checkpoint.save(tmp_path / "4", STATE)
+    assert flushed == [str(tmp_path)] and not find_damage(tmp_path / "4").problems, "in memory there is nothing to flush"
+
+
+def test_the_file_system_of_a_path_is_the_one_mounted_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    place = tmp_path / "a b"
+    mounts = ["none / overlay rw 0 0", f"none {tmp_path}/a\\040b tmpfs rw 0 0", f"/dev/x {tmp_path}/a\\040b/c ext4 rw 0 0"]
+    for more, memory in (([], True), ([f"/dev/y {tmp_path}/a\\040b ext4 rw 0 0"], False)):
+        monkeypatch.setattr(Path, "read_text", lambda _, lines=(*mounts, *more): "\n".join(lines))
+        assert files.in_memory(place / "d") == memory and not files.in_memory(place / "c/d") and not files.in_memory(tmp_path)
+        assert files.is_local(place / "d")
 
 
 def test_a_place_that_cannot_be_a_folder_is_told(tmp_path: Path) -> None:
@@ -180,7 +193,9 @@ def test_a_write_error_leaves_nothing(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", {"w": values((700, 900))})
 
 
-def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [("tmpfs",), ()])
+def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: tuple[str, ...]) -> None:
+    monkeypatch.setattr(files, "MEMORY", memory)
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False, capture_output=True).returncode:
