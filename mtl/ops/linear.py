@@ -7,7 +7,8 @@ in compute, the contraction, and the sum over devices that it may leave all foll
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,30 @@ from mtl.sharding.parallel import Parallel
 
 Drop = Callable[[Tensor], Tensor]
 """Drops some of what a low-rank adapter takes in, while it is trained."""
+
+
+class Entry(NamedTuple):
+    """The activation of products: how it is spelled, and how it is as it is multiplied.
+
+    It may be ``fn(*made_of)``, which backward computes again; ``x`` then only shows its shape.
+    """
+
+    x: Tensor
+    letters: str
+    inside: str
+    fn: Callable[..., Tensor] | None = None
+    made_of: Sequence[Tensor] = ()
+
+
+class Weights(NamedTuple):
+    """The weights at rest of products, by spelling, and the scales of those that travel in 8 bits.
+
+    One array for several spellings is theirs side by side.
+    """
+
+    letters: Sequence[str]
+    arrays: Sequence[Tensor]
+    scales: Sequence[Tensor | None]
 
 
 def project(par: Parallel, spelling: str, x: Tensor, p: Mapping[str, Any], drop: Drop | None = None) -> Tensor:
@@ -37,9 +62,9 @@ def project_all(
     """
     operands = [spelling.split("->")[0].split(",") for spelling in spellings.values()]
     names = [joined(spellings)] if joined(spellings) in p else list(spellings)
-    ws, scales = [p[name]["weight"] for name in names], [p[name].get("scale") for name in names]
-    inside = _inside(operands[0][0], next(iter(spellings.values())))
-    products = _products(par, operands[0][0], [right for _, right in operands], x, ws, inside, scales=scales)
+    weights = Weights([right for _, right in operands], [p[name]["weight"] for name in names], [p[name].get("scale") for name in names])
+    left = operands[0][0]
+    products = _products(par, Entry(x, left, _inside(left, next(iter(spellings.values())))), weights)
 
     def finished(name: str, y: Tensor) -> Tensor:
         own = p.get(name, {})
@@ -81,7 +106,7 @@ def project_of(
         return project(par, spelling, fn(*inner), p, drop)
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
     summed = _summed(par, spelling)
-    y = _products(par, left, [right], inner[0], [p["weight"]], left, (fn, *inner), summed, [p.get("scale")])[0]
+    y = _product(par, Entry(inner[0], left, left, fn, inner), right, p["weight"], p.get("scale"), summed)
     return _finished(par, spelling, inner[0], y, p.get("bias"), None, None, summed is not None)
 
 
@@ -105,7 +130,7 @@ def linear(
     """
     left, right = spelling.split("->", maxsplit=1)[0].split(",")
     summed = _summed(par, spelling) if lora is None else None  # an adapter is added before the sum
-    y = _products(par, left, [right], x, [w], _inside(left, spelling), None, summed, [scale])[0]
+    y = _product(par, Entry(x, left, _inside(left, spelling)), right, w, scale, summed)
     return _finished(par, spelling, x, y, bias, lora, drop, summed is not None)
 
 
@@ -125,10 +150,9 @@ def _finished(
     new = "".join(c for c in right if c not in left)
     rest = _inside(left, spelling)[: -len(shared)]
     if lora is not None:
-        (thin,) = _products(par, left, [f"{shared}_"], x if drop is None else drop(x), [lora["a"]], left)
+        thin = _product(par, Entry(x if drop is None else drop(x), left, left), f"{shared}_", lora["a"])
         thin = par.reshard(thin * lora["scale"].to(x.dtype), left[: -len(shared)] + "_", f"{rest}_")
-        (more,) = _products(par, f"{rest}_", [f"_{new}"], thin, [lora["b"]], f"{rest}_")
-        y = y + more
+        y = y + _product(par, Entry(thin, f"{rest}_", f"{rest}_"), f"_{new}", lora["b"])
     source = rest + new
     partial = tuple(axis for c in shared for axis in par.axes(c, "compute"))
     if not summed and (partial or result != source):
@@ -136,57 +160,68 @@ def _finished(
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def _products(
-    par: Parallel, left: str, rights: list[str], x: Tensor, ws: list[Tensor], inside: str, made: Any = None, summed: Summed | None = None,
-    scales: Sequence[Tensor | None] = (None,),
-) -> list[Tensor]:  # fmt: skip
-    """Contract the letters that an activation, brought to ``inside``, and each weight at rest share, on this device alone.
+def _product(par: Parallel, entry: Entry, right: str, w: Tensor, scale: Tensor | None = None, summed: Summed | None = None) -> Tensor:
+    """Contract the letters that an activation and one weight share, on this device alone, or with the sum over devices that it leaves."""
+    return _products(par, entry, Weights([right], [w], [scale]), summed)[0]
 
-    One weight for several ``rights`` is theirs side by side.
-    ``made`` may be (fn, *inner), where the activation is fn(*inner) and x only shows its shape. With ``summed`` the sum over devices that
-    the product leaves is taken too.
-    """
+
+def _products(par: Parallel, entry: Entry, weights: Weights, summed: Summed | None = None) -> list[Tensor]:
+    """Multiply one activation by several weights: in one product where they can be one matrix."""
+    shared, transposed = _contracted(entry.letters, weights.letters)
+    spread, pieces = _spread(par, entry.letters, shared, entry.inside)
+    if spread is None:
+        entry = entry._replace(x=par.reshard(entry.x, entry.letters, entry.inside))
+    if len(weights.arrays) == len(weights.letters):
+        weights = weights._replace(arrays=[_padded(par, right, w) for right, w in zip(weights.letters, weights.arrays, strict=True)])
+    moves = [_move(par, right, w) for right, w in zip(weights.letters, weights.arrays, strict=False)]
+    alike = not transposed and len(shared) == 1 and _alike(moves, weights.arrays, entry.x.dtype, spread is not None)
+    if len(moves) == 1 or alike:
+        return _one_product(par, entry, weights, spread, pieces or summed)
+    if spread is not None and not par.parts:  # what several products share is gathered once
+        spread, entry = None, entry._replace(x=par.reshard(entry.x, entry.letters, entry.inside))
+    entry = entry if spread is not None else entry._replace(letters=entry.inside)
+    return [_product(par, entry, right, w, scale) for right, w, scale in zip(*weights, strict=True)]
+
+
+def _contracted(left: str, rights: Sequence[str]) -> tuple[str, bool]:
+    """Give the letters that an activation and its weights share, and whether these end the weights."""
     shared = "".join(c for c in rights[0] if c in left)
-    news = ["".join(c for c in right if c not in left) for right in rights]
-    transposed = rights[0] != shared + news[0]
-    for right, new in zip(rights, news, strict=True):
+    transposed = not rights[0].startswith(shared)
+    for right in rights:
+        new = "".join(c for c in right if c not in left)
         if (new + shared if transposed else shared + new) != right or left[-len(shared) :] != shared:
             raise ValueError(f"linear cannot spell {left},{right}: contracted letters must end the activation and start or end the weight")
-    spread, pieces = _spread(par, left, shared, inside)
-    x = x if spread is not None else par.reshard(x, left, inside)
-    if len(ws) == len(rights):
-        ws = [_padded(par, right, w) for right, w in zip(rights, ws, strict=True)]
-    moves = [_move(par, right, w) for right, w in zip(rights, ws, strict=False)]
-    if len(ws) > 1 and (transposed or len(shared) > 1 or not _alike(moves, ws, x.dtype, spread is not None)):
-        if spread is not None and not par.parts:  # what several products share is gathered once
-            spread, x = None, par.reshard(x, left, inside)
-        left = left if spread is not None else inside
-        return [
-            _products(par, left, [right], x, [w], inside, scales=[scale])[0] for right, w, scale in zip(rights, ws, scales, strict=True)
-        ]
-    flat = x.flatten(-len(shared)) if len(shared) > 1 else x
-    split = len(news[0]) if transposed else len(shared)
-    fn, *inner = made or (None, flat)
-    pieces = pieces or summed
+    return shared, transposed
+
+
+def _one_product(par: Parallel, entry: Entry, weights: Weights, spread: Spread | None, pieces: Gathered | Summed | None) -> list[Tensor]:
+    """Take a product of weights that move as one matrix, and cut it into each one's."""
+    x, (rights, ws, scales) = entry.x, weights
+    shared, transposed = _contracted(entry.letters, rights)
+    move = _move(par, rights[0], ws[0])
+    x = x.flatten(-len(shared)) if len(shared) > 1 else x
+    split = len(rights[0]) - len(shared) if transposed else len(shared)
+    lead = [n * spread.size if spread is not None and dim == spread.dim else n for dim, n in enumerate(x.shape[:-1])]
+    eight = par.fp8 if _may_round(rights, math.prod(lead), x.shape[-1], ws, split, transposed) else None
+    inner = entry.made_of or [x]
     inner = inner if spread is not None or pieces is not None else [part.flatten(0, -2) for part in inner]
-    lead = [n * spread.size if spread is not None and dim == spread.dim else n for dim, n in enumerate(flat.shape[:-1])]
-    eight = par.fp8 if _may_round(rights, math.prod(lead), flat.shape[-1], ws, split, transposed) else None
-    copied = not moves[0].gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
-    known = [scale for scale in scales if scale is not None] if eight == "tensor" and moves[0].gathers else []
+    how = How(entry.fn, spread, split, transposed, eight, move, len(inner), par.late, pieces)
+    copied = not move.gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
+    known = [scale for scale in scales if scale is not None] if eight == "tensor" and move.gathers else []
     if len(known) == len(ws):
         scale = functools.reduce(torch.minimum, known)  # that of the largest value of all
-        how = How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late, known=True, keep=not par.regather)
-        y = product(how, *inner, *ws, scale)
-    elif (moves[0].gathers and par.regather) or (spread is not None and not copied):
-        y = product(How(fn, spread, split, transposed, eight, moves[0], len(inner), par.late, pieces), *inner, *ws)
-    elif fn is not None or spread is not None or pieces is not None or eight:
-        w = fetched(x.dtype, moves[0], split, *ws)
-        y = product(How(fn, spread, split, transposed, eight, Move((), w.dtype, w.dtype), len(inner), par.late, pieces), *inner, w)
+        y = product(replace(how, known=True, keep=not par.regather), *inner, *ws, scale)
+    elif (move.gathers and par.regather) or (spread is not None and not copied):
+        y = product(how, *inner, *ws)
+    elif entry.fn is not None or spread is not None or pieces is not None or eight:
+        w = fetched(x.dtype, move, split, *ws)
+        y = product(replace(how, move=Move((), w.dtype, w.dtype)), *inner, w)
     else:
-        matrix = matrix_of(fetched(x.dtype, moves[0], split, *ws), split)
+        matrix = matrix_of(fetched(x.dtype, move, split, *ws), split)
         y = inner[0] @ (matrix.t() if transposed else matrix)
-    lead = lead if summed is None else [lead[0], lead[1] // summed.size]
-    sizes = [columns_here(par, right, shared, w) for right, w in zip(rights, ws * len(rights), strict=False)]
+    if isinstance(pieces, Summed):
+        lead[1] //= pieces.size
+    sizes = [columns_here(par, right, shared, w) for right, w in zip(rights, [*ws] * len(rights), strict=False)]
     parts = y.split([math.prod(size) for size in sizes], -1) if len(sizes) > 1 else [y]  # the derivative of a split would copy
     return [part.view(*lead, *size) for part, size in zip(parts, sizes, strict=True)]
 
@@ -222,13 +257,13 @@ def _summed(par: Parallel, spelling: str) -> Summed | None:
     return Summed(par.mesh.size(partial), par.mesh.group(partial))
 
 
-def _may_round(rights: list[str], rows: int, inner: int, ws: list[Tensor], split: int, transposed: bool) -> bool:
+def _may_round(rights: Sequence[str], rows: int, inner: int, ws: Sequence[Tensor], split: int, transposed: bool) -> bool:
     """Tell whether a product can be taken in 8 bits: the layers' projections are, the head and thin adapters are not."""
     columns = ws[0].shape[:split].numel() if transposed else sum(w.shape[split:].numel() for w in ws)
     return not any(c in right for c in "V_" for right in rights) and fp8.fits(rows, inner, columns)
 
 
-def _alike(moves: list[Move], ws: list[Tensor], dtype: torch.dtype, spread: bool) -> bool:
+def _alike(moves: list[Move], ws: Sequence[Tensor], dtype: torch.dtype, spread: bool) -> bool:
     """Tell whether weights can be one matrix: they travel alike, by rows, and are copied on the way anyway, or cost less than a gather."""
     same = all(move == moves[0] for move in moves) and all(dim == 0 for dim, _, _ in moves[0].gathers)
     return same and (spread or bool(moves[0].gathers) or all(w.dtype != dtype for w in ws))

@@ -23,7 +23,8 @@ class Parallel:
     With ``parts`` an activation that a product gathers is kept in parts, and gathered again in backward; without, it is kept whole.
     With ``late`` what backward gathers or computes again is made to wait for the gradient: a compiler that cuts forward from backward
     would else do it ahead, and keep it. With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers
-    must be on one host. With ``fp8`` the layers' projections are multiplied in 8 bits, with one scale a side or one a row.
+    must be on one host; with ``piecewise`` they also serve tensor-parallel products, which are taken in pieces beside what they move. With
+    ``fp8`` the layers' projections are multiplied in 8 bits, with one scale a side or one a row.
     """
 
     mesh: Mesh
