@@ -47,7 +47,10 @@ def main() -> None:
 def show(wanted: Show) -> None:
     """Simulate, print and draw."""
     devices = wanted.stages if wanted.stages is not None else _devices(wanted.schedule)
-    table = build(wanted.schedule, devices, wanted.microbatches, wanted.virtual)
+    try:
+        table = build(wanted.schedule, devices, wanted.microbatches, wanted.virtual)
+    except UserError as error:  # which names the flags of a run
+        raise UserError(str(error).replace("--mesh.pipe", "--stages").replace("--pipeline.", "--")) from None
     timelines = [simulate(table, wanted.costs)]
     found = timelines[0]
     print(f"{table.name}: {table.devices} devices, {table.stages} stages, {table.microbatches} micro-batches")
@@ -79,9 +82,12 @@ def measured(folder: Path) -> Timeline:
 def _devices(schedule: str) -> int:
     """Count the lines of a file, or ask for the number."""
     try:
-        return sum(1 for line in Path(schedule).read_text().splitlines() if line.partition("#")[0].strip())
+        lines = sum(1 for line in Path(schedule).read_text().splitlines() if line.partition("#")[0].strip())
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--schedule {schedule} needs --stages, the number of devices (or names a file that cannot be read).") from None
+    if not lines:
+        raise UserError(f"--schedule {schedule} has no actions: expected one line a device, such as 0F0 0B0.")
+    return lines
 
 
 if __name__ == "__main__":

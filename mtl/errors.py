@@ -15,8 +15,9 @@ class LocalError(UserError):
 def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     """Describe a name that does not exist, with the nearest that does."""
     known = sorted(known)
-    near = difflib.get_close_matches(value, known, 1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    spelled = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(value.lower(), spelled, 1)
+    hint = f" Did you mean {spelled[near[0]]!r}?" if near else ""
     return UserError(f"unknown {kind} {value!r}.{hint} Known: {', '.join(known)}.")
 
 

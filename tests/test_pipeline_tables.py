@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,6 +193,45 @@ def test_the_command_draws_svg_and_png(tmp_path: Path, capsys: pytest.CaptureFix
     assert len(zlib.decompress(data[start + 4 : start + 4 + length])) == height * (1 + 3 * width)
     with pytest.raises(UserError, match=r"must end in \.svg or \.png"):
         pipeline.show(pipeline.Show("1f1b", 2, 4, out=tmp_path / "a.jpg"))
+    pipeline.show(pipeline.Show("1f1b", 2, 4, out=tmp_path / "A.SVG"))
+    assert ET.fromstring((tmp_path / "A.SVG").read_text()).tag.endswith("svg")
+
+
+def test_words_of_a_picture_stay_inside() -> None:
+    """In a PNG words that begin left of it would come out at the right edge."""
+    marks, _ = draw.layout([simulate(build("1f1b", 101, 101))])
+    labels = [m for m in marks if m.words.startswith("device")]
+    assert len(labels) == 101 and all(m.x - (len(m.words) * 8 - 2) >= 0 for m in labels)
+    found = draw.png([draw.Mark(5, 0, 0, 20, None, "device 1", "end")], (200, 20))
+    start = found.index(b"IDAT")
+    points = np.frombuffer(zlib.decompress(found[start + 4 :]), np.uint8).reshape(20, -1)[:, 1:].reshape(20, 200, 3)
+    assert (points[:, :62] < 255).any() and (points[:, 62:] == 255).all()
+    long = simulate(parse("0F0 0B0", "folder/" * 40 + "mine.txt"))
+    title = next(m.words for m in draw.layout([long])[0] if "bubble" in m.words)
+    assert title.startswith("...") and "mine.txt: time 3" in title and len(title) < 110
+
+
+def test_the_command_names_its_own_flags(tmp_path: Path) -> None:
+    """A schedule's errors name the flags of a run, which are others."""
+    empty = tmp_path / "empty.txt"
+    empty.write_text("# nothing\n")
+    for wanted, says in (
+        (pipeline.Show("1f1b", 4, 3), "--microbatches is 3: too few"),
+        (pipeline.Show("1F1B", 4, 8), "unknown --schedule '1F1B'. Did you mean '1f1b'?"),
+        (pipeline.Show(str(empty)), "has no actions: expected one line a device"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)) as caught:
+            pipeline.show(wanted)
+        assert "pipeline." not in str(caught.value)
+    for name, value in (("forward", 0.0), ("forward", -1.0), ("weight", float("nan")), ("send", float("inf"))):
+        with pytest.raises(UserError, match=rf"--costs.{name} is {value}"):
+            Costs(**{name: value})
+
+
+def test_a_table_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("0F0 0B0\r\n", "utf-8-sig")
+    assert build(str(path), 1, None).rows == ((Action(0, "F", 0), Action(0, "B", 0)),)
 
 
 def reached(table: Table, device: int, limit: int) -> set[Action]:

@@ -17,7 +17,7 @@ LATER = {"F": "#c3dcf3", "B": "#fad7b0", "W": "#cbe9c7"}
 """Paler, for every second stage of a device."""
 INK, LINE = "#222222", "#ffffff"
 MEANING = {"F": "forward", "B": "backward", "W": "weights' gradients"}
-LEFT, TOP, ROW, GAP, WIDTH = 76, 44, 30, 26, 1400
+LEFT, TOP, ROW, GAP, WIDTH = 92, 44, 30, 26, 1400  # LEFT has room for "device 100"
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class Mark:
 
 def write(timelines: Sequence[Timeline], path: Path, unit: str = "") -> None:
     """Draw timelines one under the other into ``path`` (.svg or .png): devices by time, coloured by kind, bubbles white."""
-    if path.suffix not in (".svg", ".png"):
+    kind = path.suffix.lower()
+    if kind not in (".svg", ".png"):
         raise UserError(f"--out {path}: the name must end in .svg or .png.")
     marks, size = layout(timelines, unit)
     try:
-        if path.suffix == ".svg":
+        if kind == ".svg":
             path.write_text(svg(marks, size))
         else:
             path.write_bytes(png(marks, size))
@@ -56,7 +57,8 @@ def layout(timelines: Sequence[Timeline], unit: str = "") -> tuple[list[Mark], t
         scale = (WIDTH - LEFT - 12) / timeline.length
         stored = f", stores at most {max(timeline.stored)}" if timeline.stored else ""
         length = f"{timeline.length:.4g}{unit}"
-        title = f"{timeline.name}: time {length}, bubble {timeline.bubble:.1%}{stored}"
+        name = timeline.name if len(timeline.name) <= 60 else f"...{timeline.name[-57:]}"  # a file's end says more than its beginning
+        title = f"{name}: time {length}, bubble {timeline.bubble:.1%}{stored}"
         marks.append(Mark(LEFT, top, 0, 18, None, title, "start"))
         for i, kind in enumerate(k for k in COLOURS if any(s.action.kind == k for row in timeline.spans for s in row)):
             marks.append(Mark(WIDTH - 500 + 160 * i, top, 18, 18, COLOURS[kind]))
@@ -127,7 +129,7 @@ def _write_words(picture: np.ndarray, mark: Mark) -> None:
     scale = 2
     letters = [_FONT.get(c, "00000") for c in mark.words.upper()]
     wide = len(letters) * 4 * scale - scale
-    left = round(mark.x + {"middle": (mark.width - wide) / 2, "start": 0, "end": -wide}[mark.anchor])
+    left = max(0, round(mark.x + {"middle": (mark.width - wide) / 2, "start": 0, "end": -wide}[mark.anchor]))
     top = round(mark.y + (mark.height - 5 * scale) / 2)
     for i, letter in enumerate(letters):
         for row, digit in enumerate(letter):

@@ -119,9 +119,9 @@ def build(schedule: str, devices: int, microbatches: int | None, virtual: int | 
     ``microbatches`` a file's own number counts.
     """
     if devices < 1 or (microbatches is not None and microbatches < 1) or (virtual is not None and virtual < 1):
-        raise UserError(
-            f"a pipeline of {devices} devices, {microbatches} micro-batches and {virtual} virtual stages: each must be at least 1."
-        )
+        numbers = {"devices": devices, "micro-batches": microbatches, "virtual stages": virtual}
+        said = ", ".join(f"{n} {what}" for what, n in numbers.items() if n is not None)
+        raise UserError(f"a pipeline of {said}: each must be at least 1.")
     if schedule not in BUILDERS:
         return _from_file(schedule, devices, microbatches, virtual)
     if microbatches is None:
@@ -145,7 +145,7 @@ def _from_file(name: str, devices: int, microbatches: int | None, virtual: int |
             raise UserError(f"--pipeline.schedule {name}: there is no such file.")
         raise unknown("--pipeline.schedule", name, (*BUILDERS, "a file"))
     try:
-        table = parse(path.read_text(), name)
+        table = parse(path.read_text("utf-8-sig"), name)  # with or without a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--pipeline.schedule {name} cannot be read: {error}.") from None
     simulate(table)

@@ -1,5 +1,6 @@
 """A simulator of tables in plain Python: when each action runs, where it stops for ever, how much time is lost, how much is stored."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -22,6 +23,13 @@ class Costs:
     send: float = 0.0
     work: tuple[float, ...] = ()
     stages: tuple[Mapping[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse times that are none."""
+        for name in ("forward", "backward", "weight", "send"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf or (name == "forward" and not value):
+                raise UserError(f"--costs.{name} is {value}: a time must be finite and not negative, and that of forward above 0.")
 
     def of(self, action: Action, split: bool) -> float:
         """Give the time of an action; a backward that is not split does the weights' part too."""
