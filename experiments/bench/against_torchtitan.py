@@ -117,7 +117,8 @@ def theirs(bench: Bench, count: int, folder: Path) -> dict[str, Any]:
         raise UserError(f"torchtitan ended with {done.returncode} and timed no steps. Its last lines:\n{tail}")
     speed = statistics.median(row["tokens"] for row in late)
     name = f"torchtitan {importlib.metadata.version('torchtitan')}"
-    return {"program": name, "tokens_per_second_per_device": speed, "mfu": mfu(bench, speed), "peak_memory_gib": late[-1]["memory"]}
+    found = {"program": name, "tokens_per_second_per_device": speed, "mfu": mfu(bench, speed), "peak_memory_gib": late[-1]["memory"]}
+    return {**found, "losses": [row["loss"] for row in rows]}
 
 
 def read(log: str) -> list[dict[str, float]]:
@@ -147,7 +148,8 @@ def ours(bench: Bench, count: int, out: Path) -> dict[str, Any]:
     if subprocess.run(command, check=False).returncode or not out.exists():
         raise UserError("step.py failed; what it printed says why.")
     found = json.loads(out.read_text())
-    return {"program": "mtl", **{name: found[name] for name in ("tokens_per_second_per_device", "mfu", "peak_memory_gib")}}
+    kept = ("tokens_per_second_per_device", "mfu", "peak_memory_gib", "losses", "step_ms_min_max", "first_step_s")
+    return {"program": "mtl", **{name: found[name] for name in kept}}
 
 
 def settings(bench: Bench, folder: Path) -> str:
