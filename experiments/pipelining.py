@@ -15,8 +15,8 @@ from mtl import tree
 from mtl.errors import UserError
 from mtl.models import decoder
 from mtl.pipeline.schedules import BUILDERS, build
-from mtl.pipeline.simulate import Costs, simulate
-from mtl.pipeline.stage import split_layers
+from mtl.pipeline.simulate import simulate
+from mtl.pipeline.split import costs, split_layers
 from mtl.sharding.collectives import psum
 from mtl.sharding.mesh import MeshShape
 from mtl.sharding.parallel import Parallel
@@ -92,7 +92,7 @@ def plan(setup: Experiment, shape: MeshShape) -> Pipeline | None:
             known[micros] = build(schedule, shape.pipe, micros, virtual)
         return known[micros]
 
-    layers = split_layers(setup.model.layers, first.stages, *work(setup), chosen.layers_per_stage)
+    layers = split_layers(setup.model.layers, first.stages, *work(setup), chosen.layers_per_stage, first)
     return Pipeline(table, layers, first.place)
 
 
@@ -100,12 +100,9 @@ def described(setup: Experiment, pipeline: Pipeline | None) -> dict[str, Any]:
     """Say what the pipeline came to, with its simulated bubble."""
     if pipeline is None or setup.pipeline.microbatches is None:
         return {}
-    head, embed = work(setup)
     counts = [len(layers) for layers in pipeline.layers]
-    load = [float(n) for n in counts]
-    load[0], load[-1] = load[0] + embed, load[-1] + head
     table = pipeline.table(setup.pipeline.microbatches)
-    found = simulate(table, Costs(work=tuple(load)))
+    found = simulate(table, costs(counts, *work(setup)))
     return {
         "schedule": table.name,
         "stages": table.stages,

@@ -17,7 +17,7 @@ from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.params import decayed
 from mtl.pipeline.schedules import build
-from mtl.pipeline.stage import split_layers
+from mtl.pipeline.split import split_layers
 from mtl.precision import PRECISIONS
 from mtl.sharding.shard_map import to_local
 from mtl.train.pipelined import Pipeline, make_pipelined_step

@@ -16,7 +16,8 @@ from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.params import decayed, init
 from mtl.pipeline.schedules import build
-from mtl.pipeline.stage import split_layers
+from mtl.pipeline.simulate import simulate
+from mtl.pipeline.split import costs, split_layers
 from mtl.precision import PRECISIONS
 from mtl.sharding.shard_map import to_local
 from mtl.train.frozen import Held
@@ -212,11 +213,25 @@ def test_a_frozen_model_takes_no_gradient_products(one: Any) -> None:
     assert len([g for g in block.grads if g is not None]) == 14 and pieces.embed.grads == (None,) * 3
 
 
+@pytest.mark.parametrize(
+    ("schedule", "devices", "virtual", "least"), [("zb_v", 2, None, 0.09), ("interleaved", 4, 2, 0.01), ("1f1b", 4, None, 0.0)]
+)
+def test_layers_are_split_for_the_least_time_of_their_table(schedule: str, devices: int, virtual: int | None, least: float) -> None:
+    table = build(schedule, devices, 8 * devices, virtual)
+    even, found = ([len(part) for part in split_layers(16, table.stages, 2.1, 0.1, None, t)] for t in (None, table))
+    slow, fast = (simulate(table, costs(counts, 2.1, 0.1)).length for counts in (even, found))
+    assert sum(found) == 16 and all(abs(a - b) <= 1 <= b for a, b in zip(even, found, strict=True))
+    assert slow >= fast * (1 + least), (even, found)
+    if schedule == "zb_v":  # of two devices one has the first and the last stage
+        assert found[0] + found[3] + 2.2 < found[1] + found[2] + 2
+
+
 def test_layers_are_split_so_that_the_slowest_stage_is_fast() -> None:
     counts = [len(part) for part in split_layers(32, 4, head=2.4, embed=0.1)]
     assert counts == [8, 9, 9, 6]
     assert [len(part) for part in split_layers(8, 4, head=0.4, embed=0.1)] == [2, 2, 2, 2]
     assert split_layers(5, 2, 0, 0, (2, 3)) == ((0, 1), (2, 3, 4))
+    assert split_layers(5, 2, 9, 0, (2, 3), build("1f1b", 2, 8, None)) == ((0, 1), (2, 3, 4)), "what is given is kept"
     with pytest.raises(UserError, match=r"model\.layers is 3, which do not split over the pipeline's 4 stages"):
         split_layers(3, 4, 0, 0)
     for given in ((2, 2), (5, 0), (1, 2, 2)):

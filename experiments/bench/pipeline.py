@@ -29,7 +29,8 @@ from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.pipeline.draw import write
-from mtl.pipeline.simulate import Costs, Span, Timeline, simulate
+from mtl.pipeline.simulate import Span, Timeline, simulate
+from mtl.pipeline.split import costs
 from mtl.pipeline.table import parse_action
 from mtl.runtime import process
 from mtl.sharding.mesh import make_mesh
@@ -171,12 +172,11 @@ def report(bench: Bench, setup: Experiment, pipeline: Any, step: Any, found: dic
 
 def both(setup: Experiment, pipeline: Any, name: str, rows: Any) -> list[Timeline]:
     """Give the timeline as simulated, stages weighed by their layers, and as measured."""
-    head, embed = pipelining.work(setup)
-    load = [float(len(layers)) for layers in pipeline.layers]
-    load[0], load[-1] = load[0] + embed, load[-1] + head
     spans = tuple(tuple(Span(d, parse_action(a, name), s, e) for a, s, e in row) for d, row in enumerate(rows))
     return [
-        simulate(pipeline.table(setup.train.global_batch_size), Costs(work=tuple(load))),
+        simulate(
+            pipeline.table(setup.train.global_batch_size), costs([len(layers) for layers in pipeline.layers], *pipelining.work(setup))
+        ),
         Timeline(f"{name}, measured (seconds)", spans),
     ]
 

@@ -10,7 +10,6 @@ from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mtl import tree
-from mtl.errors import UserError
 from mtl.pipeline.pieces import Compile, Piece, fake, trace
 
 Batch = Mapping[str, Tensor]
@@ -57,35 +56,6 @@ class Pieces(NamedTuple):
 def micro_batch(batch: Batch, i: int) -> dict[str, Tensor]:
     """Take one micro-batch."""
     return {name: x if name in SHARED else x[i] for name, x in batch.items()}
-
-
-def split_layers(layers: int, stages: int, head: float, embed: float, given: Sequence[int] | None = None) -> tuple[tuple[int, ...], ...]:
-    """Give each stage its layers, in order.
-
-    Without ``given`` numbers the slowest stage is made as fast as can be, where the head costs as much as ``head`` layers and the
-    embedding as ``embed``.
-    """
-    if given is not None:
-        if len(given) != stages or sum(given) != layers or min(given) < 1:
-            raise UserError(
-                f"--pipeline.layers-per-stage is {' '.join(str(n) for n in given)}: expected {stages} numbers (one a stage), each at least "
-                f"1, whose sum is the model's {layers} layers; their sum is {sum(given)}."
-            )
-        counts = list(given)
-    else:
-        if layers < stages:
-            raise UserError(
-                f"--model.layers is {layers}, which do not split over the pipeline's {stages} stages (devices x virtual stages): each "
-                "needs at least 1. Use fewer stages (--mesh.pipe, --pipeline.virtual) or more layers."
-            )
-        counts = [1] * stages
-        extra = [0.0] * stages
-        extra[0] += embed
-        extra[-1] += head
-        for _ in range(layers - stages):
-            counts[min(range(stages), key=lambda s: (counts[s] + extra[s], s))] += 1
-    starts = [sum(counts[:s]) for s in range(stages)]
-    return tuple(tuple(range(start, start + n)) for start, n in zip(starts, counts, strict=True))
 
 
 def trace_pieces(

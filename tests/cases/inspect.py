@@ -20,7 +20,8 @@ from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.params import decayed, init
 from mtl.pipeline.schedules import build
-from mtl.pipeline.stage import Training, split_layers
+from mtl.pipeline.split import split_layers
+from mtl.pipeline.stage import Training
 from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel

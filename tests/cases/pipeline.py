@@ -20,7 +20,8 @@ from mtl.params import decayed, init
 from mtl.pipeline import links
 from mtl.pipeline.schedules import build
 from mtl.pipeline.simulate import simulate
-from mtl.pipeline.stage import Training, split_layers
+from mtl.pipeline.split import split_layers
+from mtl.pipeline.stage import Training
 from mtl.precision import PRECISIONS
 from mtl.sharding.mesh import MeshShape
 from mtl.train import pipelined
