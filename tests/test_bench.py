@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,28 @@ def test_a_step_must_be_left_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["step.py", "--steps", "3"])
     with pytest.raises(UserError, match="--warmup 3 of --steps 3 leaves no step to time"):
         step.main()
+
+
+@pytest.mark.parametrize(
+    ("bench", "flags", "says"),
+    [
+        (step, "--layers 0", "--layers is 0: it must be at least 1"),
+        (step, "--seq-len -5", "--seq-len is -5"),
+        (step, "--accumulate 0", "--accumulate is 0"),
+        (step, "--profile -1", "--profile is -1: it must be at least 0"),
+        (step, "--lr nan", "--lr is nan"),
+        (step, "--json none/x.json", "--json none/x.json cannot be written"),
+        (ops, "--lengths 64 0", "--lengths is 0"),
+        (ops, "--heads 5 --kv-heads 2", "--heads 5 does not divide by --kv-heads 2"),
+        (ops, "--head-size 7", "--head-size is 7: rotary positions need an even head size"),
+        (ops, "--rounds 0", "--rounds is 0"),
+        (ops, "--optimized 0", "--optimized is 0.0"),
+    ],
+)
+def test_flags_that_cannot_be_timed_are_refused_before(bench: Any, flags: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags.split()])
+    with pytest.raises(UserError, match=says):
+        bench.main()
 
 
 def test_packed_attention_counts_its_own_pairs() -> None:

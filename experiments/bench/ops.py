@@ -6,13 +6,14 @@ the device's peak, or its memory bandwidth over what must be read and written. A
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,10 @@ from torch.func import vjp
 
 import sharding_rules
 from experiments.bench.alternatives import packed_alternatives, square_alternatives, torch_adamw, torch_head
+from experiments.bench.flags import check_counts, check_file
 from experiments.provenance import provenance
 from mtl import tree
+from mtl.errors import UserError
 from mtl.inspect import hardware
 from mtl.kernels.attention import KERNELS, attend, choose
 from mtl.kernels.masks import Documents, Mask
@@ -42,7 +45,7 @@ Name = Literal["attention", "packed", "norm", "rotary", "swiglu", "head", "optim
 
 @dataclass(frozen=True)
 class Bench:
-    """What to time."""
+    """Time each op beside its alternatives: forward alone, and with backward."""
 
     only: tuple[Name, ...] = ("attention", "packed", "norm", "rotary", "swiglu", "head", "optimizer")
     lengths: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
@@ -50,16 +53,21 @@ class Bench:
     heads: int = 32
     kv_heads: int = 8
     head_size: int = 128
+    """Of attention and rotary positions."""
     documents: int = 8
     """Documents in a packed sequence, of unequal lengths."""
     tokens: int = 8192
+    """Of all but attention."""
     embed: int = 4096
     mlp: int = 14336
     vocab: int = 128256
+    """Of the head with its cross-entropy."""
     optimized: float = 2.0
     """Billions of parameters that the optimizer updates."""
     rounds: int = 10
-    json: Path | None = None
+    """Each time is the median of so many."""
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Append the rows to a file, an object a line."""
 
 
 class Way(NamedTuple):
@@ -81,9 +89,22 @@ class Case(NamedTuple):
     ways: Callable[[], Iterator[Way]]
 
 
+def check(bench: Bench) -> None:
+    """Refuse shapes that no op has."""
+    check_counts(bench, 1, "lengths", "heads", "kv_heads", "head_size", "documents", "tokens", "embed", "mlp", "vocab", "rounds")
+    check_file(bench.json)
+    if bench.heads % bench.kv_heads:
+        raise UserError(f"--heads {bench.heads} does not divide by --kv-heads {bench.kv_heads}: every key head serves equally many.")
+    if "rotary" in bench.only and bench.head_size % 2:
+        raise UserError(f"--head-size is {bench.head_size}: rotary positions need an even head size. Leave rotary out of --only.")
+    if not 0 < bench.optimized < math.inf:
+        raise UserError(f"--optimized is {bench.optimized}: it must be a number above 0 (billions of parameters).")
+
+
 def main() -> None:
     """Print the table as it comes."""
     bench = tyro.cli(Bench, args=process.command_line())
+    check(bench)
     at = process.place()
     process.prepare_environment()
     with process.process_group(at):

@@ -19,6 +19,7 @@ import torch
 import tyro
 
 from experiments import pretrain, remat_choice, resting
+from experiments.bench.flags import check_counts, check_file
 from experiments.presets import PRESETS
 from experiments.provenance import provenance
 from experiments.settings import Experiment, MeshSettings, TensorSettings
@@ -39,19 +40,24 @@ from mtl.train.step import make_step
 
 @dataclass(frozen=True)
 class Bench:
-    """What to time."""
+    """Time whole training steps of a preset, on random tokens unless --text is given."""
 
     preset: str = "llama3_8b"
     rules: str | None = None
+    """Parallel layout: a shipped table's name, or a path to a table; by default chosen from the mesh."""
     mesh: MeshSettings = field(default_factory=MeshSettings)
     seq_len: int = 8192
+    """Tokens a sample."""
     micro_batch_size: int = 2
+    """Samples a device takes through the model at once."""
     accumulate: int = 1
+    """Micro-batches a step."""
     layers: int | None = None
-    """Fewer layers than the preset has."""
+    """Layers of the model; by default the preset's."""
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rows"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     remat: str = "none"
+    """What is computed again in backward: none, gather, selective, full, every:N, or auto[:100GiB, :80%]."""
     offload: Literal["none", "activations", "optimizer", "both"] = "none"
     """What is kept in host memory."""
     reduce: Literal["float32", "bfloat16"] = "float32"
@@ -62,9 +68,13 @@ class Bench:
     """What moves weights and gradients, as pretrain.py takes it."""
     tensor: TensorSettings = field(default_factory=TensorSettings)
     optimizer: Literal["plain", "fused"] = "plain"
+    """AdamW compiled from plain operations, or torch's fused kernel."""
     attention: str = "auto"
+    """The kernel of attention, or auto."""
     steps: int = 13
+    """Steps in all."""
     warmup: int = 3
+    """The first so many steps are not counted."""
     lr: float = 3e-4
     seed: int = 0
     fixed: bool = True
@@ -75,7 +85,8 @@ class Bench:
     """Record so many more steps at the end: a Chrome trace, and a page on where their time goes."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/bench")
     """Where the profile goes."""
-    json: Path | None = None
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Append the numbers to a file, an object a line."""
 
 
 class RandomTokens:
@@ -98,6 +109,11 @@ def main() -> None:
         raise UserError(
             f"--warmup {bench.warmup} of --steps {bench.steps} leaves no step to time: take more steps than are for warming up."
         )
+    check_counts(bench, 1, "seq_len", "micro_batch_size", "accumulate", "layers")
+    check_counts(bench, 0, "profile", "seed")
+    check_file(bench.json)
+    if not 0 <= bench.lr < math.inf:
+        raise UserError(f"--lr is {bench.lr}: it must be a number from 0 on.")
     at = process.place()
     process.prepare_environment(tf32=bench.precision == "tf32")
     with prepared(bench, at) as (setup, chosen, run):

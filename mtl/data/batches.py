@@ -26,7 +26,7 @@ class BatchShape:
         """Refuse a global batch that does not divide into micro-batches on ``rows`` data-parallel devices."""
         for name, size in {"global-batch-size": self.global_batch, "micro-batch-size": self.micro_batch, "seq-len": self.seq_len}.items():
             if size < 1:
-                raise UserError(f"train.{name} is {size}: it must be at least 1.")
+                raise UserError(f"--train.{name} is {size}: it must be at least 1.")
         if self.global_batch % (self.micro_batch * rows):
             raise UserError(
                 f"--train.global-batch-size {self.global_batch} does not divide by --train.micro-batch-size {self.micro_batch} x {rows} "
