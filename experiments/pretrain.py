@@ -156,8 +156,9 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     for size in reading.batch_sizes(setup).sizes:
         BatchShape(size, micro_batch(setup), train.seq_len).check(rows)
-    if train.steps < 0 or train.eval_every < 0 or train.eval_samples < 1:
-        raise UserError("--train.steps and --train.eval-every must not be negative, and --train.eval-samples must be at least 1.")
+    for name, least in (("steps", 0), ("eval_every", 0), ("eval_samples", 1)):
+        if getattr(train, name) < least:
+            raise UserError(f"--train.{name.replace('_', '-')} is {getattr(train, name)}: it must be at least {least}.")
     watching.check(setup)
     if model.positions == "learned" and train.seq_len > model.max_positions:
         raise UserError(
@@ -272,7 +273,7 @@ def run(
         batch.close()
         log.close()
     log.say(f"\nsample:\n{text}\n\nrun folder: {folder} (config.json, metrics.jsonl, checkpoints)")
-    log.say(f"next: {work.following.replace('RUN', str(folder))}")
+    log.say(f"next: {work.following.replace('RUN', str(folder)).replace('PRESET', preset)}")
     return state
 
 

@@ -26,7 +26,7 @@ from mtl.errors import UserError
 from mtl.sharding.parallel import Parallel
 
 MEGATRON = "the index of data.order megatron (it follows train.steps where a corpus comes more than once)"
-FOLLOWING = "torchrun --nproc-per-node 2 experiments/pretrain.py tiny --mesh.tensor 2 (the same numbers on two processes)"
+FOLLOWING = "torchrun --nproc-per-node 2 experiments/pretrain.py PRESET --mesh.tensor 2 (the same numbers on two processes)"
 
 
 @dataclass(frozen=True)

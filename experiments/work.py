@@ -33,7 +33,7 @@ class Work(NamedTuple):
     """The tokens that end that text."""
     decode: Callable[[list[int]], str] = str
     following: str = ""
-    """The command to try next; RUN stands for the run's folder."""
+    """The command to try next; RUN stands for the run's folder, PRESET for its preset."""
     beside: Mapping[str, bytes] = MappingProxyType({})
     """Files that every checkpoint of the run carries on."""
     decides: Mapping[str, Any] = MappingProxyType({})

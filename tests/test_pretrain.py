@@ -80,6 +80,12 @@ def test_deterministic_runs_are_bitwise_equal_and_a_folder_is_never_reused(forks
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == before
 
 
+def test_the_next_command_names_the_run_s_own_preset(forks: Forks, tmp_path: Path) -> None:
+    small = ["--model.heads", "4", "--model.kv-heads", "2", "--model.vocab", "300"]
+    done = forks.complete(["llama_1b", *SHORT, *MODEL, *small, "--train.eval-samples", "2", "--out", str(tmp_path / "run")])
+    assert done.returncode == 0 and "experiments/pretrain.py llama_1b --mesh.tensor 2" in done.stdout, done.stdout + done.stderr
+
+
 BAD = {
     "preset": (["tinny"], "Did you mean 'tiny'"),
     "flag": (["tiny", "--train.stps", "3"], "train.stps"),
@@ -93,6 +99,8 @@ BAD = {
     "clip": (["tiny", "--optim.clip", "-1"], "--optim.clip is -1.0"),
     "micro": (["tiny", "--train.micro-batch-size", "0"], "micro-batch-size is 0"),
     "warmup": (["tiny", "--optim.warmup-steps", "-1"], "--optim.warmup-steps -1 must not be negative"),
+    "steps": (["tiny", "--train.steps", "-1"], "--train.steps is -1: it must be at least 0"),
+    "samples": (["tiny", "--train.eval-samples", "0"], "--train.eval-samples is 0: it must be at least 1"),
     "every": (["tiny", "--remat", "every:²"], "expected none, gather, selective, full or every:N"),
     "rope": (["tiny", "--model.rope-theta", "-1"], "--model.rope-theta is -1.0: it must be a number above 0"),
     "scale": (["tiny", "--model.attention-scale", "nan"], "--model.attention-scale is nan"),
