@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from mtl.runtime.rolled import roll
+
 DISTANCE = 2
 
 GATHERS = ("_c10d_functional.all_gather_into_tensor.default", "mtl_engine.gather.default")
@@ -62,9 +64,10 @@ def options() -> dict[str, Any]:
 
         def __call__(self, graph: Graph) -> None:
             overlap(graph)
+            roll(graph)
 
         def uuid(self) -> str:
-            return f"mtl.overlap.2.{DISTANCE}"
+            return f"mtl.overlap.3.{DISTANCE}"
 
     return {"post_grad_custom_post_pass": Pass(), "reorder_for_peak_memory": False}
 
