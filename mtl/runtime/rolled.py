@@ -23,8 +23,21 @@ PRODUCTS = ("mm", "attention")
 """Parts of names of operations that no kernel of the compiler's own reaches over."""
 
 VIEWS = ("reshape", "view", "permute", "expand", "unsqueeze", "squeeze", "slice", "select", "split", "split_with_sizes", "transpose", "t")
-MADE = ("aten.full.default", "aten.scalar_tensor.default", "prims.iota.default", "prims.convert_element_type.default")
+MADE = (
+    "aten.full.default",
+    "aten.scalar_tensor.default",
+    "prims.iota.default",
+    "prims.convert_element_type.default",
+    "aten._to_copy.default",
+)
 """Operations that are made again where they are read, beside those that go element by element."""
+
+
+class Known(NamedTuple):
+    """What is asked of nodes again and again: equal marks for nodes that compute the same, and what a kernel makes again."""
+
+    marks: dict[Node, int]
+    light: set[Node]
 
 
 class Piece(NamedTuple):
@@ -42,7 +55,9 @@ class Piece(NamedTuple):
 def roll(graph: Graph, least: int = LEAST) -> list[int]:
     """Replace repetitions by calls of one piece, in place; give how often each piece is called."""
     calls = [n for n in graph.nodes if n.op == "call_function"]
-    groups = [found for run in _repeats(calls, least) if (found := _cut(calls, run, least))]
+    spelled: dict[str, int] = {}
+    known = Known({n: spelled.setdefault(_mark(n), len(spelled)) for n in calls}, {n for n in calls if _is_light(n)})
+    groups = [found for run in _repeats([known.marks[n] for n in calls], least) if (found := _cut(calls, run, least, known))]
     groups.sort(key=lambda group: calls.index(group[0].own[0]))
     given: dict[Node, Node] = {}
     for i, group in enumerate(groups):
@@ -52,10 +67,8 @@ def roll(graph: Graph, least: int = LEAST) -> list[int]:
     return [len(group) for group in groups]
 
 
-def _repeats(calls: Sequence[Node], least: int) -> Iterator[tuple[int, int, int]]:
+def _repeats(marks: list[int], least: int) -> Iterator[tuple[int, int, int]]:
     """Find stretches in which every node is like the one a period later: start, length and period; those that save most come first."""
-    known: dict[str, int] = {}
-    marks = [known.setdefault(_mark(n), len(known)) for n in calls]
     gaps: Counter[int] = Counter()
     last: dict[int, int] = {}
     for i, mark in enumerate(marks):
@@ -76,7 +89,7 @@ def _repeats(calls: Sequence[Node], least: int) -> Iterator[tuple[int, int, int]
             yield start, length, gap
 
 
-def _cut(calls: Sequence[Node], run: tuple[int, int, int], least: int) -> list[Piece] | None:
+def _cut(calls: Sequence[Node], run: tuple[int, int, int], least: int, known: Known) -> list[Piece] | None:
     """Cut a stretch into equal pieces, behind the product where least passes from one to the next; None where that is not possible."""
     start, length, gap = run
     stretch = calls[start : start + length]
@@ -85,12 +98,12 @@ def _cut(calls: Sequence[Node], run: tuple[int, int, int], least: int) -> list[P
     best: tuple[tuple[int, int], int] | None = None
     for begin in (i + 1 for i in range(gap) if _is_product(stretch[i])):
         middle = begin + (length - begin) // gap // 2 * gap
-        piece = _piece(stretch[middle : middle + gap]) if middle + gap <= length else None
+        piece = _piece(stretch[middle : middle + gap], known) if middle + gap <= length else None
         if piece is not None and (best is None or _cost(piece) < best[0]):
             best = _cost(piece), begin
     if best is None:
         return None
-    pieces = [_piece(stretch[i : i + gap]) for i in range(best[1], length - gap + 1, gap)]
+    pieces = [_piece(stretch[i : i + gap], known) for i in range(best[1], length - gap + 1, gap)]
     equal: list[Piece] = []
     for piece in pieces:
         if len(equal) < least and (piece is None or not equal or piece.wiring != equal[0].wiring):
@@ -103,7 +116,7 @@ def _cut(calls: Sequence[Node], run: tuple[int, int, int], least: int) -> list[P
     return [piece._replace(gives=gives) for piece in equal] if len(equal) >= least else None
 
 
-def _piece(own: Sequence[Node]) -> Piece | None:
+def _piece(own: Sequence[Node], known: Known) -> Piece | None:
     """Describe a repetition; None where it cannot be a piece, since something but a tensor of its own would pass."""
     inside = set(own)
     place: dict[Node, int] = {}
@@ -111,16 +124,16 @@ def _piece(own: Sequence[Node]) -> Piece | None:
     wiring: list[Any] = []
 
     def read(n: Node) -> tuple[str, int]:
-        if n not in inside and not _is_light(n):
+        if n not in inside and n not in known.light:
             return "takes", takes.setdefault(n, len(takes))
         if n not in place:
             add(n)
         return "body", place[n]
 
     def add(n: Node) -> None:
-        reads = [read(x) for x in n.all_input_nodes]
+        reads = tuple(read(x) for x in n.all_input_nodes)
         place[n] = len(place)
-        wiring.append((_mark(n), reads))
+        wiring.append((known.marks[n], reads))
 
     for n in own:
         read(n)
@@ -128,11 +141,11 @@ def _piece(own: Sequence[Node]) -> Piece | None:
             return None
     passes: set[Node] = set()
     for n in reversed(own):
-        if any(user not in inside or (user in passes and _is_light(user)) for user in n.users):
+        if any(user not in inside or (user in passes and user in known.light) for user in n.users):
             passes.add(n)
-    gives = [i for i, n in enumerate(own) if n in passes and not _is_light(n)]
+    gives = [i for i, n in enumerate(own) if n in passes and n not in known.light]
     alone = all(isinstance(n.meta.get("val"), Tensor) for n in takes) and all(_is_own(own[i]) for i in gives)
-    return Piece(own, list(place), list(takes), gives, tuple(map(str, wiring))) if alone else None
+    return Piece(own, list(place), list(takes), gives, tuple(wiring)) if alone else None
 
 
 def _cost(piece: Piece) -> tuple[int, int]:
