@@ -69,12 +69,14 @@ def test_what_goes_element_by_element_is_made_again_and_does_not_pass() -> None:
     assert all(torch.equal(a, b) for a, b in zip(graph(*args), want, strict=True))
 
 
-@pytest.mark.parametrize("change", ["few", "shapes", "constants", "writes"])
+@pytest.mark.parametrize("change", ["few", "shapes", "constants", "order", "writes"])
 def test_layers_that_are_not_alike_stay_as_they_are(change: str) -> None:
     def layers(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         for i, w in enumerate(weights):
             x = (x * (i if change == "constants" else 2)) @ w
             x = (x.add_(1) if change == "writes" else x + 1) @ w.T
+            y = x + 1
+            x = torch.addcmul(x, y, x if change == "order" and i % 2 else y)
         return x
 
     widths = [16 + i * (change == "shapes") for i in range(3 if change == "few" else 6)]

@@ -131,9 +131,10 @@ def _piece(own: Sequence[Node], known: Known) -> Piece | None:
         return "body", place[n]
 
     def add(n: Node) -> None:
-        reads = tuple(read(x) for x in n.all_input_nodes)
+        reads: list[tuple[str, int]] = []
+        map_arg((n.args, n.kwargs), lambda x: reads.append(read(x)))
         place[n] = len(place)
-        wiring.append((known.marks[n], reads))
+        wiring.append((known.marks[n], tuple(reads)))
 
     for n in own:
         read(n)
