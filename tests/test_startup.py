@@ -15,11 +15,16 @@ import torch
 
 from mtl import tree
 from mtl.models import decoder
+from mtl.params import init
 from mtl.precision import PRECISIONS
 from mtl.runtime import remembered
 from mtl.runtime.compile import compiled
 from mtl.runtime.fingerprint import fingerprint
+from mtl.sharding.shard_map import to_local
+from mtl.train import gradient
 from mtl.train.loss import Remat, make_loss
+from tests.cases.train import batch
+from tests.small import MODELS, SEQ
 from tests.test_pretrain import MODEL, ROOT, SHORT, metrics, start
 
 CACHED = """
@@ -98,6 +103,38 @@ def test_a_second_process_finds_graphs_and_traces_less(tmp_path: Path) -> None:
     assert cold[1:] == [0, 2, 0] and warm[1:] == [2, 0, 0]
     assert cold[0] == 4, "a first start runs each function for its shapes and for its graph, not once more for what it writes"
     assert warm[0] == 0, "the second start traces nothing"
+
+
+@pytest.mark.parametrize(("model", "precision"), [("llama", "bf16"), ("llama", "fp64"), ("gpt", "fp32"), ("llama_tied", "fp16")], ids=str)
+def test_dynamo_is_told_shapes_without_a_backward(one: Any, monkeypatch: pytest.MonkeyPatch, model: str, precision: str) -> None:
+    """What is told instead of running the gradient has its structure, shapes and types."""
+    held: list[Any] = []
+    monkeypatch.setattr(gradient, "compiled", lambda fn, backend, options, like: held.extend([fn, like]))
+    config, types = MODELS[model], PRECISIONS[precision]
+    par = one(**{**decoder.sizes(config), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), SEQ), "batch": 2})
+    params = tree.map(to_local, init(decoder.specs(config), par.rules, par.mesh, 0, types.compute))
+    data = {k: v if k == "slots" else v[0] for k, v in batch(par, config, 0, 2, False, dtype=types.param).items()}
+    arguments = (gradient.apart(params), {**data, "key": torch.tensor(1)}, torch.tensor(1.0, dtype=types.param))
+    gradient.value_and_grad(make_loss(decoder, config, par, types, Remat("none")), "step", "inductor", rest=types.param)
+    told, ran = (tree.flatten(fn(*arguments)) for fn in reversed(held))
+    assert told[1] == ran[1] and [(x.shape, x.dtype) for x in told[0]] == [(x.shape, x.dtype) for x in ran[0]]
+
+
+def test_shapes_alone_come_from_what_is_like_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    asked: list[str] = []
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        asked.append("fn")
+        return x.sin() + 1
+
+    def like(x: torch.Tensor) -> torch.Tensor:
+        asked.append("like")
+        return torch.empty_like(x)
+
+    x = torch.arange(6.0)
+    assert torch.allclose(compiled(fn, like=like)(x), x.sin() + 1)
+    assert asked == ["like", "fn"]
 
 
 def test_the_cache_lies_where_it_is_told_or_with_the_user(tmp_path: Path) -> None:

@@ -17,12 +17,15 @@ _dynamo: Any = torch._dynamo  # pyright: ignore[reportPrivateUsage]
 _functorch_config: Any = importlib.import_module("torch._functorch.config")
 
 
-def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool = False, options: Any = None) -> Callable[..., Any]:
+def compiled(
+    fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool = False, options: Any = None, like: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """Compile a function from trees of tensors to trees of tensors into one graph.
 
     The function is put into the graph whole, so that AOTAutograd alone traces it: it may use any Python, but whatever is not a tensor
     argument counts as constant. A ``blockwise`` graph is differentiated by autograd: there AOTAutograd's search for common expressions is
     off, since it would merge a weight's gather in backward with the one in forward and so keep every gathered weight.
+    ``like`` gives tensors of the same shapes and types sooner: Dynamo, which wants to know these alone, is given them.
     """
     if backend == "inductor":
         stored.teach_inductor()
@@ -32,7 +35,7 @@ def compiled(fn: Callable[..., Any], backend: Any = "inductor", blockwise: bool 
         leaves, structure = tree.flatten(args)
         known = repr(structure)
         if known not in graphs:
-            graphs[known] = _compile_flat(fn, structure, backend, options)
+            graphs[known] = _compile_flat(fn, structure, backend, options, like or fn)
         run, shape_of_result = graphs[known]
         with _functorch_config.patch(cse=False) if blockwise else contextlib.nullcontext():
             out = run(*leaves)
@@ -70,7 +73,9 @@ def update_options(backend: Any) -> dict[str, Any] | None:
     return {"triton.autotune_pointwise": False} if backend == "inductor" else None
 
 
-def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any, options: Any) -> tuple[Callable[..., Any], list[Any]]:
+def _compile_flat(
+    fn: Callable[..., Any], structure: Any, backend: Any, options: Any, like: Callable[..., Any]
+) -> tuple[Callable[..., Any], list[Any]]:
     result: list[Any] = []
     key = fingerprint((fn, repr(structure))) if backend == "inductor" else None
 
@@ -81,7 +86,7 @@ def _compile_flat(fn: Callable[..., Any], structure: Any, backend: Any, options:
             result[:] = [found.structure]
             return found.make()
         before = remembered.versions(leaves) if asked == "shapes" else []
-        out, shape_of_result = tree.flatten(fn(*tree.unflatten(structure, leaves)))
+        out, shape_of_result = tree.flatten((like if asked == "shapes" else fn)(*tree.unflatten(structure, leaves)))
         result[:] = [shape_of_result]
         if key is not None and asked == "shapes":
             remembered.remember(key, leaves, out, shape_of_result, remembered.is_pure(before, leaves, out))

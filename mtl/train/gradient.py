@@ -50,11 +50,17 @@ def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None, rest
         grads, shares = functional(params, batch, scale)
         return together(grads), shares
 
+    def like(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
+        """Give the shapes without going backward: gradients are like their parameters."""
+        whole = widened(params)
+        grads = tree.map(lambda p: torch.empty_like(p, memory_format=torch.contiguous_format), whole)
+        return together(grads), scaled(whole, batch, scale)[1]
+
     if how == "block":
         return autograd
     if how == "none":
         return functional
-    run = compiled(functional_apart, backend, options=options)
+    run = compiled(functional_apart, backend, options=options, like=like)
 
     def gradient(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
         beside = {name: apart(batch[name]) for name in ("frozen", "scales") if name in batch}
