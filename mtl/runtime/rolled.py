@@ -248,12 +248,16 @@ def _is_light(n: Node) -> bool:
         return True
     tags = n.target.tags if isinstance(n.target, OpOverload) else []
     made = str(n.target) in MADE or torch.Tag.pointwise in tags
-    return made and torch.Tag.nondeterministic_seeded not in tags and not _meets_product(n)
+    return made and torch.Tag.nondeterministic_seeded not in tags and not _is_written(n)
 
 
-def _meets_product(n: Node) -> bool:
-    """Tell whether a product reads a value, which therefore lies in memory."""
-    return any(_is_product(user) or (_is_view(user) and _meets_product(user)) for user in n.users)
+def _is_written(n: Node) -> bool:
+    """Tell whether a product or a library's operation reads a value, which therefore lies in memory."""
+    return any(_is_product(user) or _is_foreign(user) or (_is_view(user) and _is_written(user)) for user in n.users)
+
+
+def _is_foreign(n: Node) -> bool:
+    return isinstance(n.target, OpOverload) and n.target.namespace not in ("aten", "prims")
 
 
 def _is_own(n: Node) -> bool:
