@@ -7,6 +7,8 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mtl.runtime import overlap
+from mtl.runtime.compile import compiled
 from mtl.runtime.rolled import roll
 from tests.ranks import Ranks
 
@@ -40,6 +42,23 @@ def test_inductor_gives_the_same_bits_for_pieces(ranks: Ranks, precision: str) -
     assert found == {"called": [LAYERS - 2] * 2, "same": True}
 
 
+@pytest.mark.slow
+def test_inductor_gives_the_same_bits_through_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pipelines' stages are compiled: forward and backward are graphs of their own, each with a piece."""
+    called: list[list[int]] = []
+    results: list[list[torch.Tensor]] = []
+    torch.manual_seed(0)
+    args = [torch.randn(8, 4), *(torch.randn(4, 16) / 8 for _ in range(7))]
+    for how in (lambda _: [], lambda graph: called.append(roll(graph))):  # pyright: ignore
+        monkeypatch.setattr(overlap, "roll", how)
+        leaves = [x.clone().requires_grad_() for x in args]
+        with torch._inductor.config.patch(force_disable_caches=True):
+            out = compiled(stack, blockwise=True, options=overlap.options())(*leaves)
+            results.append([*out, *torch.autograd.grad(sum(x.sum() for x in out), leaves)])
+    assert len(called) == 2 and all(count and min(count) >= 5 for count in called), called
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def stack(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Go through layers whose wide activation is read again at the end, as backward reads what forward made."""
     wide: list[torch.Tensor] = []
@@ -66,6 +85,25 @@ def test_what_goes_element_by_element_is_made_again_and_does_not_pass() -> None:
     assert len(calls) == 5 and len({n.args[0].target for n in calls}) == 1
     given = [n for n in graph.graph.nodes if n.target is operator.getitem and n.args[0] in calls and n.users]
     assert given and all(n.meta["val"].dtype == torch.float32 for n in given)
+    assert all(torch.equal(a, b) for a, b in zip(graph(*args), want, strict=True))
+
+
+def test_what_the_graph_gives_is_not_made_twice() -> None:
+    """As a pipeline's forward gives what its backward reads: a piece writes it, and nothing outside computes."""
+
+    def layers(x: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made: list[torch.Tensor] = []
+        for w in weights:
+            made.append((x @ w).exp())
+            x = made[-1].tanh() @ w.T
+        return x, *(m.view(-1) for m in made)
+
+    args = torch.randn(8, 4), *(torch.randn(4, 16) / 8 for _ in range(6))
+    graph = traced(layers, *args)
+    want = graph(*args)
+    assert roll(graph.graph) == [5]
+    graph.recompile()
+    assert sum("exp" in name for name in nodes(graph.graph)) == 1, "the first layer's, which is not a piece"
     assert all(torch.equal(a, b) for a, b in zip(graph(*args), want, strict=True))
 
 

@@ -252,8 +252,8 @@ def _is_light(n: Node) -> bool:
 
 
 def _is_written(n: Node) -> bool:
-    """Tell whether a product or a library's operation reads a value, which therefore lies in memory."""
-    return any(_is_product(user) or _is_foreign(user) or (_is_view(user) and _is_written(user)) for user in n.users)
+    """Tell whether a product or a library's operation reads a value or the graph gives it, and it therefore lies in memory."""
+    return any(user.op == "output" or _is_product(user) or _is_foreign(user) or (_is_view(user) and _is_written(user)) for user in n.users)
 
 
 def _is_foreign(n: Node) -> bool:
