@@ -286,6 +286,17 @@ def test_offload_by_hand(layers: int) -> None:
     assert planned.peak < found["none"][1].peak
 
 
+def test_the_command_plans_offload(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--preset tiny --train.seq-len 64 --train.global-batch-size 2 --remat full --json --offload".split()
+    found = {}
+    for kind in ("none", "both"):
+        command.main([*flags, kind])
+        found[kind] = json.loads(capsys.readouterr().out)
+    assert found["both"]["offload"] == "both" and found["none"]["memory"]["host"] == 0 < found["both"]["memory"]["host"]
+    with pytest.raises(UserError, match=r"--offload is 'both' with --mesh\.pipe 2"):
+        command.main([*flags, "both", "--mesh", "pipe=2"])
+
+
 MEASURED = [  # preset, mesh, batch, tokens, layers, GiB and ms of docs/benchmarks.md
     ("llama3_8b", MeshShape(), 2, 8192, 4, 34.08, 268),
     ("llama3_8b", MeshShape(fsdp=4), 2, 8192, 8, None, 468),  # its memory was measured while the head held several tiles

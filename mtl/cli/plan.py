@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments import plan_search, planning, pretrain
+from experiments import plan_search, planning, pretrain, resting
 from experiments.presets import PRESETS
 from experiments.settings import Experiment, OptimSettings, PipelineSettings, TrainSettings
 from mtl.cli.preset_flags import place, take_preset
@@ -42,6 +42,8 @@ class PlanSettings:
     """Rows hold several documents that attention keeps apart, as experiments/finetune.py packs them."""
     remat: str = "none"
     """What is computed again in backward: none, gather, selective, full, or every:N."""
+    offload: Literal["none", "activations", "optimizer", "both"] = "none"
+    """What is kept in host memory, as in experiments/pretrain.py."""
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)
     """Schedule, micro-batches and stages where the mesh has pipe."""
     train: TrainSettings = field(default_factory=TrainSettings)
@@ -78,7 +80,7 @@ def main(arguments: list[str]) -> None:
         device = dataclasses.replace(device, node_size=settings.node_size)
     setup = dataclasses.replace(
         preset, model=settings.model, train=settings.train, optim=settings.optim, precision=settings.precision, remat=settings.remat,
-        compile=settings.compile, transport=settings.transport, pipeline=settings.pipeline,
+        compile=settings.compile, transport=settings.transport, pipeline=settings.pipeline, offload=settings.offload,
     )  # fmt: skip
     if settings.search:
         search(name, setup, settings, device)
@@ -92,14 +94,18 @@ def one(name: str, setup: Experiment, settings: PlanSettings, device: hardware.D
     setup = pretrain.with_micro_batch(setup, rules, shape)
     sizes = pretrain.sizes(setup, rules, shape)
     planning.check_sizes(setup, rules, shape, sizes)
-    options = StepOptions(PRECISIONS[settings.precision], settings.remat, settings.compile, clip=settings.optim.clip)
+    resting.check(setup, shape)
+    options = StepOptions(
+        PRECISIONS[settings.precision], settings.remat, settings.compile, clip=settings.optim.clip, offload=settings.offload
+    )
     engine = planning.by_engine(setup, shape, device)
     found = planning.plan(setup, planning.job_for(setup, rules, shape, sizes, options, "meta", settings.packed, engine), device)
     train = setup.train
+    ways = [f"remat {settings.remat}"]
+    ways += [f"offload {settings.offload}"] * (settings.offload != "none") + ["copy engines"] * engine
     about = (
         f"mesh {shape} ({shape.devices():,} {device.name}), rules {rules.name}, {settings.precision}, compile {settings.compile}, "
-        f"remat {settings.remat}{', copy engines' if engine else ''}; "
-        f"{train.global_batch_size} x {train.seq_len} tokens a step, {train.micro_batch_size} at once a device"
+        f"{', '.join(ways)}; {train.global_batch_size} x {train.seq_len} tokens a step, {train.micro_batch_size} at once a device"
     )
     if settings.html is not None:
         write_page(settings.html, as_page(found, f"Plan of {name}", about))
@@ -109,6 +115,7 @@ def one(name: str, setup: Experiment, settings: PlanSettings, device: hardware.D
             "transport": "engine" if engine else "collectives",
             "compile": settings.compile,
             "precision": settings.precision,
+            "offload": settings.offload,
             "train": dataclasses.asdict(train),
         }
         print(json.dumps({**chosen, **found.as_json()}))
