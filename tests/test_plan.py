@@ -287,7 +287,7 @@ def test_offload_by_hand(layers: int) -> None:
 
 
 def test_the_command_plans_offload(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--preset tiny --train.seq-len 64 --train.global-batch-size 2 --remat full --json --offload".split()
+    flags = ["--preset", "tiny", "--train.seq-len", "64", "--train.global-batch-size", "2", "--remat", "full", "--json", "--offload"]
     found = {}
     for kind in ("none", "both"):
         command.main([*flags, kind])
