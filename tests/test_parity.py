@@ -12,7 +12,7 @@ from tests.small import MESHES, MODELS
 Case = tuple[tuple[str, int], str, str, str, int]
 
 PLACES = [(table, world) for table, meshes in MESHES.items() for world in meshes if table != "single"]
-REMATS, HOWS, MICROS = ("none", "selective", "full"), ("none", "step", "block"), (1, 3)
+REMATS, HOWS, MICROS = ("none", "selective", "full"), ("step", "block", "none"), (1, 3)
 FULL: list[Case] = list(itertools.product(PLACES, ("llama", "llama_tied", "gpt", "falcon"), REMATS, ("none", "step"), MICROS))
 random.Random(1).shuffle(FULL)  # so that a part of it is a fair sample
 
@@ -20,7 +20,8 @@ random.Random(1).shuffle(FULL)  # so that a part of it is a fair sample
 def pairwise(limit_compiled: int) -> list[Case]:
     """Choose cases so that every pair of choices of two factors occurs; compiled ones on at most ``limit_compiled`` ranks.
 
-    Of those that bring as many new pairs, the quickest: not compiled, on few ranks.
+    A table meets one of the two ways to compile, models, remats and micro-batches both (slow tests have the rest). Of those that bring as
+    many new pairs, the quickest: not compiled, then by blocks, on few ranks.
     """
     factors = (PLACES, list(MODELS), REMATS, HOWS, MICROS)
     everything = [c for c in itertools.product(*factors) if c[3] == "none" or c[0][1] <= limit_compiled]
@@ -29,12 +30,14 @@ def pairwise(limit_compiled: int) -> list[Case]:
     def pairs(case: Case) -> set[object]:
         # a place counts as its table and its world, so that every table meets every model
         parts = [("table", case[0][0]), ("world", case[0][1]), *enumerate(case[1:])]
-        return {(a, b) for a, b in itertools.combinations(parts, 2)}
+        found: set[object] = set(itertools.combinations(parts, 2))
+        table, how = parts[0], parts[4]
+        return found - {(table, how)} | {(table, case[3] == "none")}
 
     missing = set().union(*(pairs(c) for c in everything))
     chosen: list[Case] = []
     while missing:
-        best = max(rng.sample(everything, min(300, len(everything))), key=lambda c: (len(pairs(c) & missing), c[3] == "none", -c[0][1]))
+        best = max(rng.sample(everything, min(300, len(everything))), key=lambda c: (len(pairs(c) & missing), HOWS.index(c[3]), -c[0][1]))
         if pairs(best) & missing:
             chosen.append(best)
             missing -= pairs(best)
@@ -75,6 +78,7 @@ LONGER: list[Case] = [
     (("fsdp_tensor", 4), "llama_tied", "full", "step+engine", 3),
     (("fsdp_tensor", 4), "llama", "gather", "step", 1),
     (("hsdp", 4), "gpt", "selective", "step", 3),
+    *((place, "llama_tied", "full", "block", 1) for place in PLACES if place[1] == 2),
 ]
 IN_PIECES: list[Case] = [
     (("tensor", 4), "llama", "none", "none+pieces", 1),  # two kv heads over four devices
