@@ -33,7 +33,7 @@ FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
 THREADS = min(8, os.cpu_count() or 1)
 ALONE = min(16, os.cpu_count() or 1)
 """The threads of a process that saves alone: to memory, checksums are what takes time."""
-IN_FLIGHT = 2 * geometry.FILE_BYTES
+IN_FLIGHT = 3 * geometry.FILE_BYTES
 """Bytes a thread that are handed to tensorstore and not written yet, which is also about what it copies."""
 LEAST_IN_FLIGHT = 8 * geometry.FILE_BYTES
 """The same where there are few threads: who waits for the oldest file must find others under way."""
@@ -97,8 +97,7 @@ def save(
     small = small_files(host, config, extra)
     state = regular(state)
     give, in_flight = (part_of(state), None) if part is None else (part, STREAMED)
-    largest_first = sorted(plan.leaves, key=lambda leaf: math.prod(leaf.split.shape), reverse=True)
-    boxes = ((leaf, box, give(leaf.name, box)) for leaf in largest_first for box in leaf.mine)
+    boxes = ((leaf, box, give(leaf.name, box)) for leaf in _largest_first(plan) for box in leaf.mine)
     write_checkpoint(path, plan, small, group, [boxes], ALONE if group.world == 1 else THREADS, in_flight)
 
 
@@ -217,20 +216,25 @@ def write_checkpoint(
     begun, ctx = time.time(), arrays.context(threads)
     folder = files.unfinished(path).resolve() / ITEM
     unlock: list[Callable[[], None]] = []
+    listed: list[Future[dict[str, bytes]]] = []
 
     def write() -> None:
-        created = {leaf.name: arrays.create(folder, leaf.name, leaf.meta(), ctx) for leaf in plan.leaves if group.rank == 0}
+        created: dict[str, Future[Any]] = {}
+        if group.rank == 0:
+            created |= {leaf.name: beside.submit(arrays.create, folder, leaf.name, leaf.meta(), ctx) for leaf in _largest_first(plan)}
+            listed.append(beside.submit(_listed, folder, plan, small, created))
         try:
             for pieces in waves:
                 _write_pieces(folder, pieces, created, ctx, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT))
         finally:
             for array in created.values():
-                _written(array)
+                _written(array.result())
 
     try:
         group.together(f"begin {path}", lambda: unlock.append(_begin(path)) if group.rank == 0 else None)
-        group.together(f"write {path}", write)
-        group.together(f"commit {path}", lambda: _commit(path, plan, small, begun) if group.rank == 0 else None)
+        with ThreadPoolExecutor(1, thread_name_prefix="arrays") as beside:  # makes the arrays, then what lists them
+            group.together(f"write {path}", write)
+        group.together(f"commit {path}", lambda: _commit(path, plan, listed[0].result(), begun) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
             shutil.rmtree(files.unfinished(path), ignore_errors=True)
@@ -238,6 +242,11 @@ def write_checkpoint(
     finally:
         for release in unlock:
             release()
+
+
+def _largest_first(plan: Plan) -> list[PlannedLeaf]:
+    """Order the arrays so that all threads soon have work, and still do while the small ones are made."""
+    return sorted(plan.leaves, key=lambda leaf: math.prod(leaf.split.shape), reverse=True)
 
 
 def _begin(path: Path) -> Callable[[], None]:
@@ -258,7 +267,7 @@ def _begin(path: Path) -> Callable[[], None]:
     return unlock
 
 
-def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, Any], ctx: Any, in_flight: int) -> None:
+def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, Future[Any]], ctx: Any, in_flight: int) -> None:
     """Write some pieces, all on the disk on return. Arrays that are not ``created`` here are opened.
 
     Each file is flushed as soon as it is written, by threads beside: a disk is fastest with much to do, and what is computed for a file
@@ -278,7 +287,7 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, A
                         f"expected {leaf.dtype} {shape}."
                     )
                 if leaf.name not in opened:
-                    array = created[leaf.name] if leaf.name in created else arrays.open_new(folder, leaf.name, leaf.meta(), ctx)
+                    array = created[leaf.name].result() if leaf.name in created else arrays.open_new(folder, leaf.name, leaf.meta(), ctx)
                     opened = {leaf.name: _written(array)}
                 x = arrays.as_numpy(values.cpu())
                 while flying and bytes_flying + x.nbytes > in_flight:
@@ -312,25 +321,31 @@ def _flush(write: Any, path: Path) -> None:
     files.flush(path)
 
 
-def _commit(path: Path, plan: Plan, small: Mapping[str, bytes | Path], begun: float) -> None:
+def _listed(folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Future[Any]]) -> dict[str, bytes]:
+    """Spell the files beside the arrays once these are made; the list of contents is the last."""
+    for array in created.values():
+        _written(array.result())
+    found = {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
+    found["_METADATA"] = orbax.tree_metadata([leaf.keys for leaf in plan.leaves], plan.empty)
+    shapes = {f"{leaf.name}/zarr.json": (folder / leaf.name / "zarr.json").read_bytes() for leaf in plan.leaves}
+    manifest = {
+        "format_version": VERSION,
+        "written_by": {"mtl": __version__, "torch": torch.__version__},
+        "arrays": {leaf.name: _describe(leaf) for leaf in plan.leaves},
+        "files": {name: files.stamp(data) for name, data in (shapes | found).items()},
+    }
+    return found | {MANIFEST: files.seal(manifest)}
+
+
+def _commit(path: Path, plan: Plan, listed: Mapping[str, bytes], begun: float) -> None:
     partial = files.unfinished(path)
     folder = partial / ITEM
     for leaf in plan.leaves:
         lost = next((f for f in _file_names(leaf) if not (folder / f).is_file()), None)
         if lost is not None:
             raise UserError(f"{folder / lost} was written but is not there: another program removed it. Nothing was committed.")
-    listed: dict[str, Any] = {f"{leaf.name}/zarr.json": (folder / leaf.name / "zarr.json").read_bytes() for leaf in plan.leaves}
-    listed |= {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
-    listed["_METADATA"] = orbax.tree_metadata([leaf.keys for leaf in plan.leaves], plan.empty)
     written = [folder / leaf.name / "zarr.json" for leaf in plan.leaves]
-    written += [files.write_file(folder / name, data) for name, data in listed.items() if name.startswith("_")]
-    manifest = {
-        "format_version": VERSION,
-        "written_by": {"mtl": __version__, "torch": torch.__version__},
-        "arrays": {leaf.name: _describe(leaf) for leaf in plan.leaves},
-        "files": {name: files.stamp(data) for name, data in listed.items()},
-    }
-    written.append(files.write_file(folder / MANIFEST, files.seal(manifest)))
+    written += [files.write_file(folder / name, data) for name, data in listed.items()]
     written.append(files.write_file(partial / "_CHECKPOINT_METADATA", orbax.step_metadata(begun)))
     written.append(files.write_file(partial / "commit_success.txt", b"Checkpoint commit was successful.\n"))
     if not files.in_memory(folder):
@@ -349,6 +364,7 @@ def _describe(leaf: PlannedLeaf) -> dict[str, Any]:
 
 
 def _file_names(leaf: PlannedLeaf) -> Iterable[str]:
+    yield f"{leaf.name}/zarr.json"
     grid = [range(math.ceil(n / c)) for n, c in zip(leaf.split.shape, leaf.chunk, strict=True)]
     for place in geometry.places(grid):
         yield "/".join([leaf.name, "c", *(str(i) for i in place)])
