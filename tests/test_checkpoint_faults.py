@@ -74,6 +74,18 @@ def test_every_flipped_bit_is_found_and_named(good: Path, tmp_path: Path) -> Non
     assert find_damage(good) == find_damage(good) and not find_damage(good).problems
 
 
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt"])
+def test_what_lies_beside_the_item_for_orbax_is_checked_too(good: Path, tmp_path: Path, name: str) -> None:
+    flipped, gone, item = (shutil.copytree(good, tmp_path / what) for what in ("flipped", "gone", "item"))
+    flip(flipped / name, 20)
+    (gone / name).unlink()
+    for copy in (flipped, gone):
+        with pytest.raises(Damaged, match=name):
+            verify(copy)
+    shutil.move(item / "state", tmp_path / "alone")
+    verify(tmp_path / "alone")  # whoever has the item's folder alone has all arrays
+
+
 def test_a_flipped_byte_anywhere_in_a_frame_is_found(tmp_path: Path) -> None:
     state = {"w": torch.randn(600, 700)}
     checkpoint.save(tmp_path / "c", state)

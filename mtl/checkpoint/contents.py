@@ -9,7 +9,7 @@ from typing import Any
 
 from mtl import tree
 from mtl.checkpoint import arrays, orbax
-from mtl.checkpoint.files import MANIFEST, check_file, unseal
+from mtl.checkpoint.files import AROUND, MANIFEST, check_file, unseal
 from mtl.checkpoint.peers import CheckpointError, Damaged
 
 
@@ -60,7 +60,8 @@ def inspect(path: str | Path) -> Contents:
             raise Damaged(f"{found.folder / MANIFEST} is missing, but the checkpoint was written by mtl. Restore another checkpoint.")
         return Contents(path, _foreign(found), found.driver, found.ocdbt, by_mtl=False, item=found.folder)
     manifest = unseal(found.folder / MANIFEST)
-    read = {name: check_file(found.folder, name, want) for name, want in manifest["files"].items()}
+    here = {name: want for name, want in manifest["files"].items() if path != found.folder or not name.startswith(AROUND)}
+    read = {name: check_file(found.folder, name, want) for name, want in here.items()}
     known = {
         name: ArrayInfo(name, tuple(a["keys"]), tuple(a["shape"]), a["dtype"], tuple(a["file"]), tuple(a["tile"]))
         for name, a in manifest["arrays"].items()

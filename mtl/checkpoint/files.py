@@ -17,6 +17,8 @@ from mtl.errors import UserError
 ITEM = "state"
 MANIFEST = "_mtl.json"
 VERSION = 1
+AROUND = "../"
+"""How the list of contents names what lies beside the item's folder; whoever has that folder alone does not have it."""
 UNFINISHED = ".orbax-checkpoint-tmp"
 """A folder with this ending is being written, or was left behind; Orbax and mtl never list it."""
 FLUSHES = 16

@@ -216,7 +216,7 @@ def write_checkpoint(
     begun, ctx = time.time(), arrays.context(threads)
     folder = files.unfinished(path).resolve() / ITEM
     unlock: list[Callable[[], None]] = []
-    listed: list[Future[dict[str, bytes]]] = []
+    listed: list[Future[tuple[dict[str, bytes], dict[str, Any]]]] = []
 
     def write() -> None:
         created: dict[str, Future[Any]] = {}
@@ -234,7 +234,7 @@ def write_checkpoint(
         group.together(f"begin {path}", lambda: unlock.append(_begin(path)) if group.rank == 0 else None)
         with ThreadPoolExecutor(1, thread_name_prefix="arrays") as beside:  # makes the arrays, then what lists them
             group.together(f"write {path}", write)
-        group.together(f"commit {path}", lambda: _commit(path, plan, listed[0].result(), begun) if group.rank == 0 else None)
+        group.together(f"commit {path}", lambda: _commit(path, plan, *listed[0].result(), begun) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
             shutil.rmtree(files.unfinished(path), ignore_errors=True)
@@ -321,8 +321,10 @@ def _flush(write: Any, path: Path) -> None:
     files.flush(path)
 
 
-def _listed(folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Future[Any]]) -> dict[str, bytes]:
-    """Spell the files beside the arrays once these are made; the list of contents is the last."""
+def _listed(
+    folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Future[Any]]
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Spell the files beside the arrays once these are made, and list all contents."""
     for array in created.values():
         _written(array.result())
     found = {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
@@ -334,20 +336,24 @@ def _listed(folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created
         "arrays": {leaf.name: _describe(leaf) for leaf in plan.leaves},
         "files": {name: files.stamp(data) for name, data in (shapes | found).items()},
     }
-    return found | {MANIFEST: files.seal(manifest)}
+    return found, manifest
 
 
-def _commit(path: Path, plan: Plan, listed: Mapping[str, bytes], begun: float) -> None:
+def _commit(path: Path, plan: Plan, beside: dict[str, bytes], manifest: dict[str, Any], begun: float) -> None:
     partial = files.unfinished(path)
     folder = partial / ITEM
     for leaf in plan.leaves:
         lost = next((f for f in _file_names(leaf) if not (folder / f).is_file()), None)
         if lost is not None:
             raise UserError(f"{folder / lost} was written but is not there: another program removed it. Nothing was committed.")
+    around = {
+        f"{files.AROUND}_CHECKPOINT_METADATA": orbax.step_metadata(begun),
+        f"{files.AROUND}commit_success.txt": b"Checkpoint commit was successful.\n",
+    }
+    listed = manifest["files"] | {name: files.stamp(data) for name, data in around.items()}
+    small = beside | around | {MANIFEST: files.seal(manifest | {"files": listed})}
     written = [folder / leaf.name / "zarr.json" for leaf in plan.leaves]
-    written += [files.write_file(folder / name, data) for name, data in listed.items()]
-    written.append(files.write_file(partial / "_CHECKPOINT_METADATA", orbax.step_metadata(begun)))
-    written.append(files.write_file(partial / "commit_success.txt", b"Checkpoint commit was successful.\n"))
+    written += [files.write_file(folder / name, data) for name, data in small.items()]
     if not files.in_memory(folder):
         files.flush_all(written)
     files.publish(path)
