@@ -508,7 +508,7 @@ def test_shards_of_other_projects(here: Path, capsys: pytest.CaptureFixture[str]
     Path("odd.bin").write_bytes(bytes(5))
     Path("empty.bin").write_bytes(b"")
     for name, dtype, says in (
-        ("a.bin", None, "no a.idx beside it .* data.dtype"), ("a.npy", "int32", "by its own header"),
+        ("a.bin", None, "no a.idx beside it .* --data.dtype"), ("a.npy", "int32", "by its own header"),
         ("b.bin", "int32", "by its own header"), ("float.npy", None, "whole numbers"), ("square.npy", None, "one row"),
         ("objects.npy", None, "plain numbers"), ("cut.npy", None, "cut.npy"), ("odd.bin", "uint16", "no whole number"),
         ("empty.bin", "uint16", "no tokens"), ("a.bin", "float32", "data.dtype is"), ("a.bin", "word", "data.dtype is"),

@@ -222,6 +222,12 @@ def test_layers_are_split_for_the_least_time_of_their_table(schedule: str, devic
     slow, fast = (simulate(table, costs(counts, 2.1, 0.1)).length for counts in (even, found))
     assert sum(found) == 16 and all(abs(a - b) <= 1 <= b for a, b in zip(even, found, strict=True))
     assert slow >= fast * (1 + least), (even, found)
+
+    def fullest(counts: list[int]) -> int:
+        stored = simulate(table, costs(counts, 2.1, 0.1)).stored_by_stage
+        return max(sum(stored[s] * counts[s] for s in table.place if table.place[s] == device) for device in range(devices))
+
+    assert fullest(found) <= fullest(even)
     if schedule == "zb_v":  # of two devices one has the first and the last stage
         assert found[0] + found[3] + 2.2 < found[1] + found[2] + 2
 

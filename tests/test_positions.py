@@ -86,7 +86,7 @@ def test_layers_may_differ() -> None:
     ("change", "message"),
     [
         (lambda: replace(LLAMA, full_layers=(0,)), "a model that has a window"),
-        (lambda: replace(LLAMA, full_layers=(2,), window=3), "full_layers"),
+        (lambda: replace(LLAMA, full_layers=(2,), window=3), "--model.full-layers"),
         (lambda: RopeScaling("linear", 0.5), "at least 1"),
         (lambda: RopeScaling("yarn", 2.0), "original"),
         (lambda: RopeScaling("llama3", 2.0, 64, 4.0, 1.0), "low-freq-factor"),

@@ -124,7 +124,7 @@ def test_files_split_by_documents_and_arrays_by_tokens(tmp_path: Path) -> None:
     ("name", "content", "settings_", "message"),
     [
         ("x.npy", b"no array", {}, "cannot be read as a .npy array of tokens"),
-        ("x.bin", b"1234", {}, "or data.dtype"),
+        ("x.bin", b"1234", {}, "or --data.dtype"),
         ("x.bin", b"123", {"dtype": "uint16"}, "no whole number of uint16 tokens"),
         ("x.bin", b"1234", {"dtype": "uint12"}, "data.dtype is 'uint12': known are"),
         ("x.bin", b"1234", {"dtype": "uint16", "skip_bytes": 9}, "has 4 bytes: after 9"),

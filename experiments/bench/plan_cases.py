@@ -23,6 +23,8 @@ class Case:
     accumulate: int = 1
     schedule: str = ""
     """Of the pipeline, where the mesh has one; ``accumulate`` counts its micro-batches then."""
+    split: tuple[int, ...] = ()
+    """Layers of each stage, where they are not the default's."""
 
     def __str__(self) -> str:
         """Name it in a line of the table."""
@@ -30,7 +32,8 @@ class Case:
         parts += [f"compile {self.compile}"] if self.compile != "step" else []
         parts += [self.precision] if self.precision != "bf16" else []
         parts += [f"{self.accumulate} micro-batches"] if self.accumulate > 1 else []
-        return ", ".join(parts + ([self.schedule] if self.schedule else []))
+        parts += [self.schedule] if self.schedule else []
+        return ", ".join(parts + ([" ".join(str(n) for n in self.split)] if self.split else []))
 
 
 ONE: tuple[Case, ...] = (

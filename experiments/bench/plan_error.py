@@ -87,7 +87,7 @@ def setup_of(case: Case) -> Experiment:
     )
     chosen: Any = {"precision": case.precision, "compile": case.compile}
     setup = dataclasses.replace(preset, model=model, train=train, rules=case.rules, remat=case.remat, **chosen)
-    setup = dataclasses.replace(setup, pipeline=PipelineSettings(case.schedule or None))
+    setup = dataclasses.replace(setup, pipeline=PipelineSettings(case.schedule or None, layers_per_stage=case.split or None))
     return pipelining.settled(setup, rules, case.mesh)
 
 

@@ -58,9 +58,10 @@ def _even(layers: int, stages: int, head: float, embed: float) -> list[int]:
 def _faster(table: Table, start: list[int], head: float, embed: float) -> list[int]:
     """Move layers from stage to stage, each stage keeping its number to within one, as long as the table ends sooner for it.
 
-    What is slow need not be the largest stage: a device may have several, and the first and last stages wait least.
+    What is slow need not be the largest stage: a device may have several, and the first and last stages wait least. No device may store
+    more than the fullest did before.
     """
-    found, least = start, simulate(table, costs(start, head, embed)).length
+    found, (least, room) = start, _time_and_room(table, start, head, embed)
     moves = [(a, b) for a in range(len(start)) for b in range(len(start)) if a != b]
     tries = EFFORT // sum(len(row) for row in table.rows)
     i, since = 0, 0
@@ -71,7 +72,16 @@ def _faster(table: Table, start: list[int], head: float, embed: float) -> list[i
         if counts[a] < max(1, start[a] - 1) or counts[b] > start[b] + 1:
             continue
         tries -= 1
-        length = simulate(table, costs(counts, head, embed)).length
-        if length < least * (1 - GAIN):
-            found, least, since = counts, length, 0
+        time, stored = _time_and_room(table, counts, head, embed)
+        if time < least * (1 - GAIN) and stored <= room:
+            found, least, since = counts, time, 0
     return found
+
+
+def _time_and_room(table: Table, counts: Sequence[int], head: float, embed: float) -> tuple[float, int]:
+    """Simulate a split: how long a step takes, and how many layers' activations the fullest device stores at most."""
+    timeline = simulate(table, costs(counts, head, embed))
+    room = [0] * table.devices
+    for stage, most in timeline.stored_by_stage.items():
+        room[table.place[stage]] += most * counts[stage]
+    return timeline.length, max(room)
