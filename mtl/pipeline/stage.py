@@ -208,12 +208,12 @@ class Forward:
 
     def backward(self, saved: Any, grad: Tensor | None) -> Tensor | None:
         """Refuse."""
-        raise NotImplementedError("forwards alone")
+        raise RuntimeError("an evaluation goes forward alone: its table has no backward")
 
     def inputs(self, saved: Any, grad: Tensor | None) -> tuple[Tensor | None, Any]:
         """Refuse."""
-        raise NotImplementedError("forwards alone")
+        raise RuntimeError("an evaluation goes forward alone: its table has no backward")
 
     def weights(self, saved: Any) -> None:
         """Refuse."""
-        raise NotImplementedError("forwards alone")
+        raise RuntimeError("an evaluation goes forward alone: its table has no backward")
