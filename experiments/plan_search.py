@@ -91,7 +91,7 @@ def _try_all(
     fits: list[tuple[Candidate, Plan]], large: list[tuple[Candidate, Plan]],
 ) -> None:  # fmt: skip
     """Plan a mesh with each remat, and with larger micro-batches while there is room."""
-    for remat in ("none", "gather", "selective", "full") if mesh.tensor > 1 else ("none", "selective", "full"):
+    for remat in (each for each in ("none", "gather", "selective", "mlp", "dense", "full") if each != "gather" or mesh.tensor > 1):
         size = 1
         while size <= 8 and samples % (rows * size) == 0:
             candidate = Candidate(mesh, rules.name, remat, size, samples // (rows * size))

@@ -19,8 +19,10 @@ from mtl.sharding.rules import Rules
 from mtl.train import offload
 from mtl.train.step import StepOptions
 
-ORDER = ("none", "gather", "selective", "every:4", "every:3", "every:2", "full")
+ORDER = ("none", "gather", "selective", "mlp:4", "mlp:2", "mlp", "dense", "full")
 """From what computes least again to what computes most. Each is planned only if those before it do not fit."""
+WHOLE = ("every:4", "every:3", "every:2", "full")
+"""The same where whole layers must be computed again."""
 SPARE = 0.9
 """The share of a device that plain `auto` plans with: the rest is for the driver, communication and gaps between blocks."""
 GIB = 2**30
@@ -78,8 +80,7 @@ def choose(peak: Callable[[str], int], budget: int, order: Sequence[str] = ORDER
 
 def candidates(shape: MeshShape, kept: str) -> tuple[str, ...]:
     """Give what a run can choose from: gather is none without a tensor axis, and what waits in host memory must be computed again."""
-    whole = tuple(remat for remat in ORDER if remat.startswith(("every", "full")))
-    return whole if offload.activations(kept) else tuple(remat for remat in ORDER if remat != "gather" or shape.tensor > 1)
+    return WHOLE if offload.activations(kept) else tuple(remat for remat in ORDER if remat != "gather" or shape.tensor > 1)
 
 
 def planned(
@@ -88,9 +89,7 @@ def planned(
 ) -> Callable[[str], Plan]:  # fmt: skip
     """Make ``plan(remat)``: the plan of the run's step with it."""
     if why := planning.refuses(setup):
-        raise UserError(
-            f"--remat {setup.remat} needs a plan of the step, and there is none: {why}. Choose none, gather, selective, full or every:N."
-        )
+        raise UserError(f"--remat {setup.remat} needs a plan of the step, and there is none: {why}. Choose another than auto.")
 
     def plan(remat: str) -> Plan:
         kind, chosen = "cpu" if device.type == "cpu" else "meta", dataclasses.replace(options, remat=remat)

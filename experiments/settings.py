@@ -160,7 +160,7 @@ class Experiment:
     compile: Literal["auto", "none", "block", "step"] = "auto"
     """auto compiles the whole step on CUDA devices, nothing elsewhere."""
     remat: str = "none"
-    """What is computed again in backward: none, gather, selective, full, every:N, or auto[:100GiB, :80%]: the least that fits by plan."""
+    """What is computed again in backward: none, gather, selective, mlp, mlp:N, dense, full, every:N, or auto[:100GiB, :80%]."""
     offload: Literal["none", "activations", "optimizer", "both"] = "none"
     """What is kept in host memory: inputs of the layers that are computed again in backward (activations), optimizer state and master
     weights (optimizer), or both. No number changes."""

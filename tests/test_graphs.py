@@ -58,6 +58,21 @@ def test_full_remat_multiplies_again_and_gathers_no_more(ranks: Ranks) -> None:
     assert plain["mm"] < half["mm"] < full["mm"]
 
 
+def test_mlp_remat_multiplies_up_again_and_leaves_attention(ranks: Ranks) -> None:
+    plain, mlp, full = (counts(ranks, "fsdp", remat=remat) for remat in ("none", "mlp", "full"))
+    assert plain["mm"] < mlp["mm"] <= plain["mm"] + 2 * LAYERS, "gate and up; what down gives nobody needs"
+    assert mlp["core"] == plain["core"] < full["core"]
+    assert mlp["all_gather"] == plain["all_gather"]
+    assert plain["mm"] < counts(ranks, "fsdp", remat="mlp:2")["mm"] < mlp["mm"]
+
+
+def test_dense_remat_is_full_remat_that_keeps_attention(ranks: Ranks) -> None:
+    for table in ("fsdp", "ring"):
+        plain, dense, full = (counts(ranks, table, remat=remat) for remat in ("none", "dense", "full"))
+        assert dense["mm"] == full["mm"] > plain["mm"]
+        assert dense["core"] == plain["core"] < full["core"]
+
+
 def test_selective_remat_repeats_the_cheap_parts_alone(ranks: Ranks) -> None:
     plain, selective = counts(ranks, "single", 1), counts(ranks, "single", 1, remat="selective")
     assert selective["mm"] == plain["mm"], "no product of weights is computed again"

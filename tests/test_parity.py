@@ -70,6 +70,10 @@ COMPILED: list[Case] = [
     (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
     (("tensor", 2), "llama", "none", "step+pieces", 1),
     (("tensor", 2), "gpt", "gather", "step+pieces", 1),
+    (("fsdp_ulysses_tensor", 4), "llama", "mlp:2", "block", 1),
+    (("fsdp", 2), "mistral", "mlp", "step+engine", 3),
+    (("fsdp", 2), "llama", "dense", "step", 1),
+    (("fsdp_ring_tensor", 4), "gpt", "dense", "block", 1),
     (("tensor", 2), "llama_tied", "full", "block+pieces", 1),
 ]
 """A few on more ranks: tracing for four ranks on two cores takes up to half a minute."""
@@ -89,6 +93,9 @@ IN_PIECES: list[Case] = [
     (("fsdp_tensor", 8), "alibi", "gather", "none+pieces", 1),
     (("fsdp_context_tensor", 4), "llama", "none", "none+pieces", 1),
     (("fsdp_ring_tensor", 4), "llama", "full", "none+pieces", 1),
+    (("fsdp_context_tensor", 8), "falcon", "mlp", "none+pieces", 1),
+    (("fsdp_ulysses_tensor", 4), "alibi", "dense", "none+pieces", 1),
+    (("ring", 4), "llama_tied", "dense", "none", 3),
     (("fsdp_ulysses_tensor", 4), "gpt", "selective", "none+pieces", 1),
 ]
 

@@ -58,6 +58,11 @@ SOME: list[Case] = [
     (("fsdp", 2), "gpt", "none", "step"),
     (("tensor", 2), "llama", "full", "block"),
     (("ulysses", 2), "falcon", "selective", "block"),
+    (("fsdp_tensor", 4), "falcon", "mlp", "none"),
+    (("ulysses", 2), "llama", "mlp:2", "none"),
+    (("fsdp", 2), "llama_tied", "mlp", "step"),
+    (("ring", 2), "gpt", "dense", "none"),
+    (("ulysses", 2), "llama", "dense", "step"),
 ]
 
 

@@ -17,7 +17,7 @@ from mtl.train.step import StepOptions
 from tests.forks import Forks
 from tests.test_pretrain import MODEL, SHORT
 
-PEAKS = {"none": 100, "gather": 90, "selective": 80, "every:4": 85, "every:3": 70, "every:2": 60, "full": 40}
+PEAKS = {"none": 100, "gather": 90, "selective": 80, "mlp:4": 85, "mlp:2": 70, "mlp": 60, "dense": 50, "full": 40}
 
 
 def test_the_first_that_fits_is_chosen_and_nothing_after_it_is_planned() -> None:
@@ -31,7 +31,7 @@ def test_the_first_that_fits_is_chosen_and_nothing_after_it_is_planned() -> None
     assert found.remat == "selective" and asked == ["none", "gather", "selective"]
     assert found.peaks == {"none": 100, "gather": 90, "selective": 80}
     chosen = [ORDER.index(choose(PEAKS.__getitem__, budget).remat) for budget in range(40, 120)]
-    assert chosen == sorted(chosen, reverse=True) and {ORDER[i] for i in chosen} == set(ORDER) - {"every:4"}
+    assert chosen == sorted(chosen, reverse=True) and {ORDER[i] for i in chosen} == set(ORDER) - {"mlp:4"}
     with pytest.raises(UserError, match=r"Closest comes full, with a planned peak of 0.00 GiB"):
         choose(PEAKS.__getitem__, 39)
 
@@ -60,7 +60,7 @@ def test_plans_of_a_real_model_decide() -> None:
     options = StepOptions(PRECISIONS["bf16"], "none", "step")
     plan = planned(setup, rules, shape, pretrain.sizes(setup, rules, shape), options, torch.device("meta"), False)
     peaks = {remat: plan(remat).memory.peak for remat in ORDER}
-    assert peaks["full"] < peaks["every:2"] < peaks["none"] and peaks["selective"] < peaks["none"]
+    assert peaks["full"] < peaks["dense"] < peaks["mlp"] < peaks["mlp:2"] < peaks["none"] and peaks["selective"] < peaks["none"]
     places = [ORDER.index(choose(peaks.__getitem__, budget).remat) for budget in sorted(peaks.values())]
     assert places == sorted(places, reverse=True) and len(set(places)) >= 4
     for budget in peaks.values():

@@ -57,7 +57,7 @@ class Bench:
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp8", "fp8_rows"] = "bf16"
     compile: Literal["none", "block", "step"] = "step"
     remat: str = "none"
-    """What is computed again in backward: none, gather, selective, full, every:N, or auto[:100GiB, :80%]."""
+    """What is computed again in backward: none, gather, selective, mlp, mlp:N, dense, full, every:N, or auto[:100GiB, :80%]."""
     offload: Literal["none", "activations", "optimizer", "both"] = "none"
     """What is kept in host memory."""
     reduce: Literal["float32", "bfloat16"] = "float32"

@@ -41,7 +41,7 @@ class PlanSettings:
     packed: bool = False
     """Rows hold several documents that attention keeps apart, as experiments/finetune.py packs them."""
     remat: str = "none"
-    """What is computed again in backward: none, gather, selective, full, or every:N."""
+    """What is computed again in backward: none, gather, selective, mlp, mlp:N, dense, full, or every:N."""
     offload: Literal["none", "activations", "optimizer", "both"] = "none"
     """What is kept in host memory, as in experiments/pretrain.py."""
     pipeline: PipelineSettings = field(default_factory=PipelineSettings)

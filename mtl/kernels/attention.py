@@ -16,6 +16,7 @@ from mtl.errors import UserError, unknown
 from mtl.kernels import cpu_documents, ordered, plain, varlen
 from mtl.kernels.masks import Documents, Mask
 from mtl.kernels.plain import Pair, Triple
+from mtl.kernels.results import Results, again
 
 _aten: Any = torch.ops.aten
 
@@ -243,12 +244,16 @@ class _Attend(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, mask: Mask, dq: Any, dk: Any, scale: float) -> Pair:
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, mask: Mask, dq: Any, dk: Any, scale: float, out: Tensor | None, lse: Tensor | None
+    ) -> Pair:
+        if out is not None and lse is not None:
+            return again(out, lse)
         return kernel.forward(q, k, v, mask, None if dq is None else Documents(dq, dk), scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        q, k, v, ctx.kernel, ctx.mask, dq, dk, ctx.scale = inputs
+        q, k, v, ctx.kernel, ctx.mask, dq, dk, ctx.scale = inputs[:8]
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(q, k, v, *output, dq, dk)
 
@@ -260,13 +265,18 @@ class _Attend(Function):
             found = plain.own_backward(grad, q, k, v, ctx.mask, documents, ctx.scale)
         else:
             found = ctx.kernel.backward(grad, q, k, v, out, lse, ctx.mask, documents, ctx.scale)
-        return *found, None, None, None, None, None
+        return *found, *[None] * 7
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float, impl: str = "auto") -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, documents: Documents | None, scale: float, impl: str = "auto",
+    results: Results | None = None,
+) -> Tensor:  # fmt: skip
     """Attend on one device: queries [B, Q, H, K] over keys and values [B, T, N, K]; gives [B, Q, H, K]."""
     kernel = choose(impl, q, k, mask, documents)
     ends = (None, None) if documents is None else documents
-    out = _Attend.apply(q, k, v, kernel, mask, *ends, scale)
+    results = results or Results()
+    out = _Attend.apply(q, k, v, kernel, mask, *ends, scale, *results.known())
     assert isinstance(out, tuple)
+    results.note(*out)
     return out[0]

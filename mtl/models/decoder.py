@@ -13,6 +13,7 @@ from torch import Tensor
 from mtl import random
 from mtl.axes import LETTERS
 from mtl.errors import UserError, unknown
+from mtl.kernels.results import Results
 from mtl.models import token
 from mtl.ops import alibi
 from mtl.ops.attention import attention
@@ -252,22 +253,23 @@ def attended_size(cfg: Config) -> int:
     return alibi.attended_size(cfg.head_size, cfg.heads, cfg.kv_heads) if cfg.positions == "alibi" else cfg.head_size
 
 
-def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, selective: bool = False) -> Tensor:
-    """Apply one layer to the residual stream (B, R, D). ``selective`` recomputes the attention core and the MLP's inside in backward."""
+def block(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, again: str = "none", results: Results | None = None) -> Tensor:
+    """Apply one layer to the residual stream (B, R, D). Backward computes ``again`` none of it, the mlp, or what is selective.
+
+    That is the attention core and the MLP's inside. ``results`` notes what attention makes, or has it from a first run.
+    """
     if "cached_slot" in stream and token.fits(cfg, par, p, x):
         return token.block(cfg, par, p, x, partial(_attend, cfg, par, p, stream))
-    again = partial(remat, late=par.late) if selective else _as_is
+    inside = partial(remat, late=par.late) if again == "selective" else _as_is
+    mlp = _mlp_again if again == "mlp" else _mlp_branch
     h = _norm(cfg, p["norm1"], x)
     if cfg.parallel == "one_norm":  # what two products share is gathered once, and kept
         h = par.reshard(h, "BRD", "BSD")
-    attended = _drop(cfg.dropout_attention, par, _attention(cfg, par, p, h, stream, again), stream, site=1)
+    attended = _drop(cfg.dropout_attention, par, _attention(cfg, par, p, h, stream, inside, results), stream, site=1)
     if cfg.parallel == "none":
         x = stored(x + attended, gradient=True)
-        h = _norm(cfg, p["norm2"], x)
-        return stored(x + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2), gradient=True)
-    if cfg.parallel == "two_norms":
-        h = _norm(cfg, p["norm2"], x)
-    return stored(x + attended + _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2), gradient=True)
+        return stored(x + mlp(cfg, par, p, x, stream, inside), gradient=True)
+    return stored(x + attended + mlp(cfg, par, p, h if cfg.parallel == "one_norm" else x, stream, inside), gradient=True)
 
 
 def head(cfg: Config, par: Parallel, params: Params, x: Tensor, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -324,16 +326,18 @@ def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
     return layer_norm(x, p["weight"], p.get("bias"), cfg.norm_eps)
 
 
-def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
+def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any, results: Results | None) -> Tensor:
     drops = _drops(cfg, par, stream)
     left = _input(cfg)
     q, k, v = project_all(par, h, p, {"query": f"{left},DHK->BSHK", "key": f"{left},DGK->BSGK", "value": f"{left},DGK->BSGK"}, drops)
     norms = {name: p[name] for name in ("query_norm", "key_norm") if cfg.qk_norm}
-    y = again(lambda norms, stream, *qkv: _attend(cfg, par, norms, stream, *qkv))(norms, stream, q, k, v)
+    y = again(lambda norms, stream, *qkv: _attend(cfg, par, norms, stream, *qkv, results))(norms, stream, q, k, v)
     return project(par, "BSHK,DHK->BRD", y, p["out"], drops.get("out"))
 
 
-def _attend(cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(
+    cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k: Tensor, v: Tensor, results: Results | None = None
+) -> Tensor:
     """Take query, key and value to what attention makes of them (B, S, H, K); of ``p`` it needs the norms of query and key."""
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
     if cfg.qk_norm:
@@ -348,7 +352,19 @@ def _attend(cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k:
         return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs)[..., : cfg.head_size]
     if cfg.positions in ("rotary", "alibi") or cfg.qk_norm or cfg.qkv_bias:  # else they are parts of a product, which attention can read
         q, k, v = (stored(x) for x in (q, k, v))  # once, not for forward and for backward; and the product can go
-    return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale)[..., : cfg.head_size]
+    return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale, results)[..., : cfg.head_size]
+
+
+def _mlp_again(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, _: Any) -> Tensor:
+    """Do as ``_mlp_branch``, but keep its input alone."""
+    mine = {name: p[name] for name in ("norm2", "gate", "up", "down") if name in p}
+    return remat(lambda p, x, stream: _mlp_branch(cfg, par.keeping(), p, x, stream, _as_is), par.late, waits=1)(mine, x, stream)
+
+
+def _mlp_branch(cfg: Config, par: Parallel, p: Params, x: Tensor, stream: Stream, again: Any) -> Tensor:
+    """Give what the MLP adds, from the residual stream, or from what attention's norm made of it."""
+    h = x if cfg.parallel == "one_norm" else _norm(cfg, p["norm2"], x)
+    return _drop(cfg.dropout_mlp, par, _mlp(cfg, par, p, h, stream, again), stream, site=2)
 
 
 def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch.autograd import Function
 from mtl.errors import UserError
 from mtl.kernels.attention import Kernel, attend, choose
 from mtl.kernels.masks import Documents, Mask
+from mtl.kernels.results import Results, again
 from mtl.sharding.collectives import permute_start, wait
 from mtl.sharding.parallel import Parallel
 
@@ -24,11 +25,13 @@ def attention(
     documents: Tensor | None = None,
     impl: str = "auto",
     scale: float | None = None,
+    results: Results | None = None,
 ) -> Tensor:
     """Attend causally. q is (B, S, H, K), k and v (B, S, G, K); the result is laid out like q.
 
     documents (B, D) says where the documents of each whole row end (the last at its length); without it a row is one document. However the
     sequence is split, every device knows all ends, so masks are never sent. Scores are multiplied by ``scale``, by default K ** -0.5.
+    ``results`` notes what the kernel makes, or has it from a first run.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     q = par.reshard(q, "BSHK", "BQMK")
@@ -37,9 +40,9 @@ def attention(
     if keys_split and keys_split != split:
         raise UserError(f"rules {par.rules.name!r}: key_seq on {keys_split} needs query_seq on the same axes, not {split}.")
     if keys_split:
-        out = _ring(par, q, k, v, window, documents, factor, impl)
+        out = _ring(par, q, k, v, window, documents, factor, impl, results or Results())
     else:
-        out = _gathered(par, q, k, v, window, documents, factor, impl)
+        out = _gathered(par, q, k, v, window, documents, factor, impl, results)
     return par.reshard(out, "BQMK", "BSHK")
 
 
@@ -74,11 +77,13 @@ def _ends(ends: Tensor, spans: Sequence[tuple[int, int]]) -> Tensor:
     return sum(parts[1:], parts[0])
 
 
-def _gathered(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, ends: Tensor | None, scale: float, impl: str) -> Tensor:
+def _gathered(
+    par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, ends: Tensor | None, scale: float, impl: str, results: Any
+) -> Tensor:
     """Attend with every key at hand: each piece of the queries sees the keys up to its own end."""
     mine, pieces = chunks(par, "Q")
     if pieces == 1:
-        return attend(q, k, v, Mask(True, window), None if ends is None else Documents(ends, ends), scale, impl)
+        return attend(q, k, v, Mask(True, window), None if ends is None else Documents(ends, ends), scale, impl, results)
     size = par.mesh.size(par.axes("Q"))
     held = [c for i in range(size) for c in _chunks(par, i, size)[0]]
     length = k.shape[1] // pieces
@@ -96,15 +101,18 @@ def _gathered(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None
         part = None
         if ends is not None:
             part = Documents(_ends(ends, [(c * length, length)]), _ends(ends, [(first * length, (c + 1 - first) * length)]))
-        out.append(attend(q[:, rows], keys, values, Mask(True, window, (c - first) * length), part, scale, impl))
+        out.append(attend(q[:, rows], keys, values, Mask(True, window, (c - first) * length), part, scale, impl, results))
     return torch.cat(out, 1)
 
 
-def _ring(par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, ends: Tensor | None, scale: float, impl: str) -> Tensor:
+def _ring(
+    par: Parallel, q: Tensor, k: Tensor, v: Tensor, window: int | None, ends: Tensor | None, scale: float, impl: str, results: Results
+) -> Tensor:
     axes = par.axes("Q")
     plan = _Plan(par, (par.mesh.index(axes), par.mesh.size(axes), par.mesh.group(axes)), q.shape[1], window, scale, impl)
-    out = _Ring.apply(q, k, v, ends, plan)
+    out = _Ring.apply(q, k, v, ends, plan, *results.known())
     assert isinstance(out, tuple)
+    results.note(*out)
     return out[0]
 
 
@@ -176,21 +184,8 @@ class _Ring(Function):
     """Ring attention: keys and values travel, partial results are joined by their logsumexp; gradients of keys travel with them."""
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, ends: Any, plan: _Plan) -> tuple[Tensor, Tensor]:
-        total = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-        lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=total.dtype, device=q.device)
-        for turn, (keys, values) in plan.turns([k, v]):
-            for rows, cols, mask in plan.blocks(turn):
-                qs, ks, vs = q[:, rows], keys[:, cols], values[:, cols]
-                documents = plan.documents(ends, turn, rows, cols)
-                out, part = plan.kernel(qs, ks, mask, documents).forward(qs, ks, vs, mask, documents, plan.scale)
-                part = part.to(lse.dtype)
-                both = torch.logaddexp(lse[:, :, rows], part)
-                safe = both.masked_fill(both == float("-inf"), 0.0)
-                old, new = (torch.exp(x - safe).transpose(1, 2).unsqueeze(-1) for x in (lse[:, :, rows], part))
-                total = _put(total, total[:, rows] * old + out * new, 1, rows)
-                lse = _put(lse, both, 2, rows)
-        return total.to(q.dtype), lse
+    def forward(q: Tensor, k: Tensor, v: Tensor, ends: Any, plan: _Plan, out: Tensor | None, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _joined(q, k, v, ends, plan) if out is None or lse is None else again(out, lse)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -202,7 +197,24 @@ class _Ring(Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
         grads = _RingBackward.apply(grad, *ctx.saved_tensors, ctx.plan)
         assert isinstance(grads, tuple)
-        return *grads, None, None
+        return *grads, *[None] * 4
+
+
+def _joined(q: Tensor, k: Tensor, v: Tensor, ends: Any, plan: _Plan) -> tuple[Tensor, Tensor]:
+    total = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=total.dtype, device=q.device)
+    for turn, (keys, values) in plan.turns([k, v]):
+        for rows, cols, mask in plan.blocks(turn):
+            qs, ks, vs = q[:, rows], keys[:, cols], values[:, cols]
+            documents = plan.documents(ends, turn, rows, cols)
+            out, part = plan.kernel(qs, ks, mask, documents).forward(qs, ks, vs, mask, documents, plan.scale)
+            part = part.to(lse.dtype)
+            both = torch.logaddexp(lse[:, :, rows], part)
+            safe = both.masked_fill(both == float("-inf"), 0.0)
+            old, new = (torch.exp(x - safe).transpose(1, 2).unsqueeze(-1) for x in (lse[:, :, rows], part))
+            total = _put(total, total[:, rows] * old + out * new, 1, rows)
+            lse = _put(lse, both, 2, rows)
+    return total.to(q.dtype), lse
 
 
 class _RingBackward(Function):

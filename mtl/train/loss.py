@@ -35,10 +35,10 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Remat:
-    """Which layers are computed again in backward: none, the insides of all (selective), all (full), or every n-th.
+    """What is computed again in backward: nothing, layers' insides (selective), MLPs (mlp), all but attention (dense), layers (full).
 
-    With gather, what products gather of the sequence is gathered again; with selective too. With ``away`` the inputs of those that are
-    computed again wait in host memory, but for the last layer's, which is needed at once.
+    Of mlp and full it is every n-th layer. With gather, what products gather of the sequence is gathered again; with selective too.
+    With ``away`` the inputs of layers that are computed again wait in host memory, but for the last one's, which is needed at once.
     """
 
     kind: str
@@ -47,18 +47,21 @@ class Remat:
 
 
 def parse_remat(text: str, away: bool = False) -> Remat:
-    """Read none, gather, selective, full or every:N; ``away`` brings what layers keep to the host."""
+    """Read none, gather, selective, mlp, mlp:N, dense, full or every:N; ``away`` brings what layers keep to the host."""
     kind, _, number = text.partition(":")
-    if away and text in ("none", "gather", "selective"):
+    if away and (text in ("none", "gather", "selective", "dense") or kind == "mlp"):
         raise UserError(
             f"--offload activations brings to the host what layers computed again in backward keep, their inputs, but --remat is {text!r}, "
             "which computes no whole layer again. Take --remat full or every:N."
         )
-    if text in ("none", "gather", "selective", "full"):
+    if text in ("none", "gather", "selective", "mlp", "dense", "full"):
         return Remat(text, away=away)
-    if kind == "every" and number.isdecimal() and int(number) > 0:
-        return Remat("full", int(number), away)
-    raise UserError(f"--remat is {text!r}: expected none, gather, selective, full or every:N (each N-th layer in full, N at least 1).")
+    if kind in ("mlp", "every") and number.isdecimal() and int(number) > 0:
+        return Remat("mlp" if kind == "mlp" else "full", int(number), away)
+    raise UserError(
+        f"--remat is {text!r}: expected none, gather, selective, mlp, mlp:N (the MLP of each N-th layer, N at least 1), dense (all but "
+        "attention), full or every:N (each N-th layer in full)."
+    )
 
 
 def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[Any, Any, Any]:
@@ -68,16 +71,20 @@ def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[
     def plain(p: Any, x: Tensor, stream: Any) -> Tensor:
         return model.block(layer, par, p, x, stream)
 
-    def selective(p: Any, x: Tensor, stream: Any) -> Tensor:
-        return model.block(layer, par, p, x, stream, selective=True)
+    def inside(p: Any, x: Tensor, stream: Any) -> Tensor:
+        return model.block(layer, par, p, x, stream, again=again.kind)
 
     def kept(p: Any, x: Tensor, stream: Any) -> Tensor:
         return model.block(layer, par.keeping(), p, x, stream)
 
-    ordinary = selective if again.kind == "selective" else plain
+    def but_attention(p: Any, x: Tensor, stream: Any, results: Any) -> Tensor:
+        return model.block(layer, par.keeping(), p, x, stream, results=results)
+
+    if again.kind == "dense":
+        return plain, *[remat(but_attention, par.late, waits=1, keeps=True)] * 2
     if again.kind != "full":
-        return ordinary, ordinary, ordinary
-    return ordinary, remat(kept, par.late, 1 if again.away else None, waits=1), remat(kept, par.late, waits=1)
+        return plain, *[inside if again.kind in ("selective", "mlp") else plain] * 2
+    return plain, remat(kept, par.late, 1 if again.away else None, waits=1), remat(kept, par.late, waits=1)
 
 
 def make_fold(model: Model, config: Any, par: Parallel, precision: Precision, again: Remat, backend: Any = None) -> Any:
