@@ -1,15 +1,15 @@
 """Train Llama-3-8B with torchtitan on this machine's GPUs, beside mtl: `python experiments/bench/against_torchtitan.py --batch 2`.
 
-Uses torchtitan where it can be imported (0.2.2 was tried; it needs torchdata, datasets, tokenizers and tomli) and installs nothing. It
-trains on random words with a tokenizer made on the spot. Its tokens a second are its own; the MFU here is the causal one of step.py. mtl's
-line comes from step.py with the same shape, one after the other.
+Uses torchtitan where it can be imported (0.2.2 was tried; it needs torchdata, datasets, tokenizers and tomli) and installs nothing. Both
+train on the built-in text, a token a byte: how much power a product takes, and so how fast a chip at its limit does it, depends on what it
+multiplies. Its tokens a second are its own; the MFU here is the causal one of step.py, and the memory is what its allocator holds, in both
+programs. mtl's line comes from step.py with the same shape, one after the other.
 """
 
 import dataclasses
 import importlib.metadata
 import importlib.util
 import json
-import random
 import re
 import statistics
 import subprocess
@@ -23,28 +23,14 @@ import torch
 import tyro
 
 from experiments.presets import PRESETS
+from mtl.data.python_text import python_text
 from mtl.errors import UserError
 from mtl.models import decoder
 from mtl.runtime import process
 from mtl.train.speed import flops_per_token, peak_flops
 
-WORDS = (
-    "the",
-    "model",
-    "of",
-    "training",
-    "large",
-    "language",
-    "a",
-    "system",
-    "and",
-    "data",
-    "in",
-    "parallel",
-    "tensor",
-    "pipeline",
-    "with",
-)
+ROW = 20_000
+"""Bytes of a document that torchtitan reads."""
 FLOAT8 = """
 [quantize.linear.float8]
 enable_fsdp_float8_all_gather = true
@@ -71,6 +57,8 @@ class Bench:
     """Devices of tensor parallelism; the others are FSDP's."""
     steps: int = 30
     """torchtitan's steps; the first half warms up."""
+    log_freq: int = 4
+    """Steps between two lines of torchtitan's log: each has the speed since the last, and waits for the device."""
     ours: bool = True
     """Time mtl too."""
     flags: tuple[str, ...] = ()
@@ -93,7 +81,7 @@ def main() -> None:
             rows.append(ours(bench, count, Path(folder) / "ours.json"))
     for row in rows:
         share = "" if row["mfu"] is None else f"  causal MFU {row['mfu']:.1%}"
-        speed = f"{row['tokens_per_second_per_device']:9,.0f} tokens/s/device{share}  peak {row['peak_memory_gib']} GiB"
+        speed = f"{row['tokens_per_second_per_device']:9,.0f} tokens/s/device{share}  holds {row['reserved_memory_gib']} GiB"
         print(f"{row['program']:18s} {bench.precision} seq {bench.seq_len} x {bench.batch} remat {bench.remat}: {speed}", flush=True)
     if len(rows) == 2:
         print(f"mtl / torchtitan: {rows[1]['tokens_per_second_per_device'] / rows[0]['tokens_per_second_per_device']:.3f}", flush=True)
@@ -117,7 +105,7 @@ def theirs(bench: Bench, count: int, folder: Path) -> dict[str, Any]:
         raise UserError(f"torchtitan ended with {done.returncode} and timed no steps. Its last lines:\n{tail}")
     speed = statistics.median(row["tokens"] for row in late)
     name = f"torchtitan {importlib.metadata.version('torchtitan')}"
-    found = {"program": name, "tokens_per_second_per_device": speed, "mfu": mfu(bench, speed), "peak_memory_gib": late[-1]["memory"]}
+    found = {"program": name, "tokens_per_second_per_device": speed, "mfu": mfu(bench, speed), "reserved_memory_gib": late[-1]["memory"]}
     return {**found, "losses": [row["loss"] for row in rows]}
 
 
@@ -148,7 +136,7 @@ def ours(bench: Bench, count: int, out: Path) -> dict[str, Any]:
     if subprocess.run(command, check=False).returncode or not out.exists():
         raise UserError("step.py failed; what it printed says why.")
     found = json.loads(out.read_text())
-    kept = ("tokens_per_second_per_device", "mfu", "peak_memory_gib", "losses", "step_ms_min_max", "first_step_s")
+    kept = ("tokens_per_second_per_device", "mfu", "reserved_memory_gib", "peak_memory_gib", "losses", "step_ms_min_max", "first_step_s")
     return {"program": "mtl", **{name: found[name] for name in kept}}
 
 
@@ -177,7 +165,7 @@ lr = 3e-4
 warmup_steps = 200
 
 [metrics]
-log_freq = 1
+log_freq = {bench.log_freq}
 
 [compile]
 enable = true
@@ -189,18 +177,20 @@ mode = "{bench.remat}"
 
 
 def write_inputs(folder: Path) -> None:
-    """Write random text and a small tokenizer."""
+    """Write the built-in text, and a tokenizer of bytes."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: PLC0415 - torchtitan needs it, mtl does not
 
-    generator = random.Random(0)
-    rows = [" ".join(generator.choices(WORDS, k=600)) for _ in range(2000)]
+    text = python_text()[0].tobytes()
+    rows = [text[i : i + ROW].decode(errors="ignore") for i in range(0, len(text), ROW)]
     (folder / "text").mkdir()
     (folder / "tokenizer").mkdir()
     lines = (json.dumps({"text": row, "timestamp": "", "url": ""}) + "\n" for row in rows)
     (folder / "text" / "data.json").write_text("".join(lines))
     tokenizer: Any = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.train_from_iterator(rows[:50], trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    special, letters = ["<unk>", "<s>", "</s>"], pre_tokenizers.ByteLevel.alphabet()
+    size = len(special) + len(letters)
+    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=letters))
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     about = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(about))

@@ -1,4 +1,4 @@
-"""Time whole training steps of a preset on random tokens: `torchrun --nproc-per-node N experiments/bench/step.py --preset llama3_8b`.
+"""Time whole training steps of a preset: `torchrun --nproc-per-node N experiments/bench/step.py --preset llama3_8b`.
 
 Prints one line a run and, with --json FILE, appends one JSON object.
 """
@@ -33,14 +33,14 @@ from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.runtime import process
 from mtl.runtime.profile import Profiler
-from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
+from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib, reserved_memory_gib
 from mtl.train.state import init_state
 from mtl.train.step import make_step
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Time whole training steps of a preset, on random tokens unless --text is given."""
+    """Time whole training steps of a preset, on the built-in text unless --no-text is given."""
 
     preset: str = "llama3_8b"
     rules: str | None = None
@@ -76,11 +76,13 @@ class Bench:
     warmup: int = 3
     """The first so many steps are not counted."""
     lr: float = 3e-4
+    lr_warmup: int = 200
+    """Steps until the learning rate is reached."""
     seed: int = 0
     fixed: bool = True
-    """Draw all steps from one small set of samples, so that the loss can fall."""
-    text: bool = False
-    """Train on the built-in text instead of random tokens."""
+    """Draw random tokens of all steps from one small set of samples, so that the loss can fall."""
+    text: bool = True
+    """Train on the built-in text, a token a byte; else on uniform random tokens, with which a chip does the same work at more power."""
     profile: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 0
     """Record so many more steps at the end: a Chrome trace, and a page on where their time goes."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/bench")
@@ -110,7 +112,7 @@ def main() -> None:
             f"--warmup {bench.warmup} of --steps {bench.steps} leaves no step to time: take more steps than are for warming up."
         )
     check_counts(bench, 1, "seq_len", "micro_batch_size", "accumulate", "layers")
-    check_counts(bench, 0, "profile", "seed")
+    check_counts(bench, 0, "profile", "seed", "lr_warmup")
     check_file(bench.json)
     if not 0 <= bench.lr < math.inf:
         raise UserError(f"--lr is {bench.lr}: it must be a number from 0 on.")
@@ -155,7 +157,7 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         par = pretrain.parallel(setup, rules, shape, precision, at)
         specs = decoder.specs(model)
         optimizer = adamw(params.decayed(specs), impl=bench.optimizer)
-        rate = schedule("constant", bench.lr, 1000, 5)
+        rate = schedule("constant", bench.lr, 1000, bench.lr_warmup)
         options = pretrain.make_step_options(setup, precision, at.device)
         step = make_step(decoder, model, par, optimizer, rate, dataclasses.replace(options, overlap=bench.overlap))
         state = resting.Rest(bench.offload, specs, par.mesh, precision).fresh(partial(init_state, seed=bench.seed), rules, optimizer)
@@ -200,7 +202,12 @@ def report(bench: Bench, setup: Experiment, chosen: str, at: process.Place, time
     }
     found |= {"tokens_per_second_per_device": round(speed, 1), "step_ms": round(seconds * 1e3, 1), "step_ms_min_max": spread}
     found |= {"first_step_s": round(times[0], 1), "mfu": mfu[0], "mfu_full_attention": mfu[1], "losses": losses}
-    found |= {"peak_memory_gib": round(peak_memory_gib(at.device), 2), "date": time.strftime("%Y-%m-%d"), **provenance()}
+    found |= {
+        "peak_memory_gib": round(peak_memory_gib(at.device), 2),
+        "reserved_memory_gib": round(reserved_memory_gib(at.device), 2),
+        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
+    }
     if at.rank == 0:
         share = "" if mfu[0] is None else f"  causal MFU {mfu[0]:.1%}"
         print(

@@ -80,10 +80,10 @@ def make_blocks(model: Model, layer: Any, par: Parallel, again: Remat) -> tuple[
     def but_attention(p: Any, x: Tensor, stream: Any, results: Any) -> Tensor:
         return model.block(layer, par.keeping(), p, x, stream, results=results)
 
-    if again.kind == "dense":
-        return plain, *[remat(but_attention, par.late, waits=1, keeps=True)] * 2
     if again.kind != "full":
-        return plain, *[inside if again.kind in ("selective", "mlp") else plain] * 2
+        dense = remat(but_attention, par.late, waits=1, keeps=True)
+        chosen = {"selective": inside, "mlp": inside, "dense": dense}.get(again.kind, plain)
+        return plain, chosen, chosen
     return plain, remat(kept, par.late, 1 if again.away else None, waits=1), remat(kept, par.late, waits=1)
 
 

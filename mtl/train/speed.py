@@ -60,6 +60,13 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def reserved_memory_gib(device: torch.device) -> float:
+    """Give the most memory that torch's allocator held, gaps between tensors included; where there is none, what was in use."""
+    if device.type == "cuda":
+        return (torch.cuda.max_memory_reserved(device) + copy_engine.held()) / 2**30
+    return peak_memory_gib(device)
+
+
 def resident_gib() -> float:
     """Give the memory that this process holds now, where the system says it (Linux); else 0."""
     try:
