@@ -1,5 +1,6 @@
 """What an operation is and how much it computes, from its name and the shapes it is given."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,6 +84,11 @@ def attention_flops(name: str, args: Any, kwargs: Mapping[str, Any]) -> int:
             batch, heads, head = q.shape[0] // queries, *q.shape[1:]
         left, right = kwargs.get("window_size_left", -1), kwargs.get("window_size_right", -1)
         pairs = band(queries, keys, left, right)
+    elif name.startswith("flash4_attention"):  # likewise, with lengths, longest queries and keys, and the window after the tensors
+        queries, keys, left, right = tensors[7:11] if backward else tensors[5:9]
+        batch = math.prod(q.shape[:-2]) // queries
+        heads, head = q.shape[-2:]
+        pairs = band(queries, keys, -1 if left is None else left, -1 if right is None else right)
     else:  # [B, H, S, K], causal or not
         batch, heads, queries, head = q.shape
         keys = k.shape[2]

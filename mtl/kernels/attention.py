@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mtl.errors import UserError, unknown
-from mtl.kernels import cpu_documents, ordered, plain, varlen
+from mtl.kernels import cpu_documents, flash4, ordered, plain, varlen
 from mtl.kernels.masks import Documents, Mask
 from mtl.kernels.plain import Pair, Triple
 from mtl.kernels.results import Results, again
@@ -183,7 +183,8 @@ def _flash_backward(
 
 
 def _package_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> str | None:
-    if importlib.util.find_spec("flash_attn") is None:
+    found = importlib.util.find_spec("flash_attn")
+    if found is None or found.origin is None:  # flash-attn-4 alone makes a folder of the name, with no package in it
         return "needs the flash-attn package: pip install 'mtl[flash]'"
     return _flash_refuses(q, k, mask, documents)
 
@@ -236,6 +237,7 @@ KERNELS: Mapping[str, Kernel] = MappingProxyType(
         "cudnn": Kernel(_cudnn_forward, _cudnn_backward, _cudnn_refuses),
         "flash": Kernel(_flash_forward, _flash_backward, _flash_refuses),
         "flash_attn": Kernel(_package_forward, _package_backward, _package_refuses),
+        "flash4": Kernel(flash4.forward, flash4.backward, flash4.refuses),
     }
 )
 
