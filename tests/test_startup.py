@@ -141,18 +141,20 @@ def test_the_cache_lies_where_it_is_told_or_with_the_user(tmp_path: Path) -> Non
     code = """
 import json, os, sys
 from mtl.runtime import process
+FLASH4 = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR")
 for given in json.loads(sys.argv[1]):
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", *FLASH4):
         os.environ.pop(name, None)
     os.environ.update(given)
     process.prepare_environment()
-    print(os.environ.get("TORCHINDUCTOR_CACHE_DIR"))
+    print(os.environ.get("TORCHINDUCTOR_CACHE_DIR"), *(os.environ.get(name) for name in FLASH4))
 """
     (tmp_path / "file").touch()
     given = [{"TORCHINDUCTOR_CACHE_DIR": "/given"}, {"XDG_CACHE_HOME": str(tmp_path)}, {"XDG_CACHE_HOME": str(tmp_path / "file/under")}]
     command = [sys.executable, "-c", code, json.dumps(given)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["/given", str(tmp_path / "mtl/compiled"), "None"], "at last torch's own, where the user has no folder"
+    mine = tmp_path / "mtl/compiled"
+    assert done.stdout.splitlines() == ["/given 1 /given/flash4", f"{mine} 1 {mine}/flash4", "None None None"], "at last torch's own"
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ from mtl.kernels import varlen
 from mtl.kernels.masks import Documents, Mask
 from mtl.kernels.plain import Pair, Triple
 
-CAPABILITIES = (9, 10)
-"""Of the devices whose kernels the package has and mtl takes: Hopper and Blackwell."""
+LARGEST = {9: 256, 10: 128}
+"""The largest head by the first number of a device's compute capability: Hopper and Blackwell (whose kernels for 256 have no windows)."""
 
 _library: Any = torch.library.Library("mtl_flash4", "DEF")
 _library.define(
@@ -37,13 +37,13 @@ def refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> st
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, not {q.dtype}"
     if not installed():
-        return "needs the flash-attn-4 package: pip install flash-attn-4, on CUDA 13 'flash-attn-4[cu13]'"
+        return "needs the flash-attn-4 package: pip install flash-attn-4, for CUDA 13 'flash-attn-4[cu13]'"
     found = capability(q.device)
-    if found is not None and found not in CAPABILITIES:
-        return f"needs an NVIDIA device of compute capability {' or '.join(map(str, CAPABILITIES))}, not {found}"
-    size, largest = q.shape[-1], 256 if found in (9, None) else 128
-    if size % 8 or not (size <= largest or size == 256):
-        return f"needs a head size up to {largest}{'' if largest == 256 else ' or of 256'} and divisible by 8, not {size}"
+    if found not in (None, *LARGEST):
+        return f"needs an NVIDIA device of compute capability {' or '.join(map(str, LARGEST))}, not {found}"
+    largest = max(LARGEST.values()) if found is None else LARGEST[found]
+    if q.shape[-1] > largest or q.shape[-1] % 8:
+        return f"needs a head size up to {largest} and divisible by 8, not {q.shape[-1]}"
     if documents is not None:
         return varlen.refuses(mask, q.shape[1], k.shape[1])
     if any(side is not None and side < 0 for side in window(mask, q.shape[1], k.shape[1])):
@@ -62,7 +62,7 @@ def installed() -> bool:
 
 
 def capability(device: torch.device) -> int | None:
-    """Give the first number of a device's compute capability, 0 where it is not NVIDIA's, None where no device is there to ask."""
+    """Give the first number of a device's compute capability: 0 where it is not NVIDIA's, None where no device is there to ask."""
     if torch.version.hip is not None:
         return 0
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" and torch.cuda.is_available() else None

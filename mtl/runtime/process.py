@@ -68,6 +68,9 @@ def prepare_environment(deterministic: bool = False, cache: Path | None = None, 
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache.absolute())
     elif "TORCHINDUCTOR_CACHE_DIR" not in os.environ and (home := _user_cache()) is not None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(home / "mtl" / "compiled")
+    if (folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR")) is not None:  # FlashAttention 4 would compile its kernels in every process
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(Path(folder) / "flash4"))
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # with 8, a receive that waits can hold up other streams, and its sender
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # copy engines need none of it
