@@ -1,5 +1,6 @@
 """FlashAttention 4: what mtl asks of the package, with a stand-in that keeps its rules; the package itself on a GPU that has it."""
 
+import importlib
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import vjp
+from torch.func import grad, vjp
 
 from mtl.errors import UserError
 from mtl.inspect.operations import attention_flops, kind_of
@@ -122,8 +123,8 @@ def test_masks_in_the_packages_words(package: Package, name: str) -> None:
     q, k, v = qkv(queries, keys, 4, 2)
     want = KERNELS["plain"].forward(q, k, v, mask, None, 0.3)
     close(flash4.forward(q, k, v, mask, None, 0.3), want)
-    grad, lse = draw(5, *q.shape), torch.logaddexp(want[1], draw(6, *want[1].shape))  # of more keys, as in a ring
-    args = (grad, q, k, v, want[0], lse, mask, None, 0.3)
+    pull, lse = draw(5, *q.shape), torch.logaddexp(want[1], draw(6, *want[1].shape))  # of more keys, as in a ring
+    args = (pull, q, k, v, want[0], lse, mask, None, 0.3)
     close(flash4.backward(*args), KERNELS["plain"].backward(*args))
     assert len(package.calls) == 2 and package.calls[1]["deterministic"] is False
 
@@ -138,8 +139,8 @@ def test_documents_in_the_packages_words(package: Package, name: str) -> None:
     close(got[0], want[0])
     assert torch.equal(got[1] == float("-inf"), want[1] == float("-inf"))
     close(got[1].nan_to_num(neginf=0.0), want[1].nan_to_num(neginf=0.0))
-    grad, lse = draw(5, *q.shape), torch.logaddexp(want[1], draw(6, *want[1].shape))
-    args = (grad, q, k, v, want[0], lse, mask, documents, 0.3)
+    pull, lse = draw(5, *q.shape), torch.logaddexp(want[1], draw(6, *want[1].shape))
+    args = (pull, q, k, v, want[0], lse, mask, documents, 0.3)
     close(flash4.backward(*args), KERNELS["plain"].backward(*args))
 
 
@@ -176,14 +177,16 @@ def test_a_compiled_step_calls_the_operations(package: Package, monkeypatch: pyt
 def test_shapes_and_layouts_are_told_as_they_are(package: Package) -> None:
     q, k, v = (draw(0, 2, 9, 8, 8).float()).split((4, 2, 2), 2)
     cuts = torch.tensor([0, 5, 9, 18], dtype=torch.int32)
-    joined = [x.flatten(0, 1) for x in (q, k, v)]
-    for tensors, lengths in (([q, k, v], (None, None)), (joined, (cuts, cuts))):
+    turned, joined = ([x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)], [x.flatten(0, 1) for x in (q, k, v)])
+    for tensors, lengths in (([q, k, v], (None, None)), (turned, (None, None)), (joined, (cuts, cuts))):
         args = (*tensors, *lengths, 9, 9, None, 0, 0.3)
         more = (tensors[0], *tensors, *OPS.flash4_attention(*args), *lengths, 9, 9, None, 0, 0.3, True)
         tests = ("test_schema", "test_faketensor")
         for op, given in ((OPS.flash4_attention, args), (OPS.flash4_attention_backward, more)):
             found = torch.library.opcheck(op.default, given, test_utils=tests)
             assert found == dict.fromkeys(tests, "SUCCESS")
+            meta = op(*(x.to("meta") if isinstance(x, Tensor) else x for x in given))
+            assert [x.stride() for x in op(*given)] == [x.stride() for x in meta]
     q, k = (torch.empty(2, 9, n, 8, dtype=torch.bfloat16, device="meta") for n in (4, 2))
     out, lse = flash4.forward(q, k, k, Mask(), None, 0.3)
     assert (out.shape, out.dtype, lse.shape, lse.dtype) == ((2, 9, 4, 8), torch.bfloat16, (2, 4, 9), torch.float32)
@@ -202,6 +205,7 @@ def test_shapes_and_layouts_are_told_as_they_are(package: Package) -> None:
         ({"mask": Mask(window=3, offset=8)}, "has no windows that begin or end before"),
         ({"mask": Mask(offset=-3)}, "has no windows that begin or end before"),
         ({"mask": Mask(offset=-3), "documents": True}, "has no document masks for queries that end elsewhere than the keys"),
+        ({"problem": "needs more", "capability": 9}, "needs more"),
         ({"size": 256, "capability": 9}, None),
         ({"mask": Mask(window=3)}, None),
         ({"documents": True}, None),
@@ -210,6 +214,7 @@ def test_shapes_and_layouts_are_told_as_they_are(package: Package) -> None:
 def test_what_it_refuses(change: dict[str, Any], says: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash4, "installed", lambda: change.get("installed", True))
     monkeypatch.setattr(flash4, "capability", lambda device: change.get("capability"))
+    monkeypatch.setattr(flash4, "problem", lambda: change.get("problem"))
     kinds = {"dtype": change.get("dtype", torch.bfloat16), "device": change.get("device", "meta")}
     q, k = (torch.empty(2, 8, n, change.get("size", 128), **kinds) for n in (4, 2))
     ends = torch.tensor([[3, 8], [8, 8]], dtype=torch.int32)
@@ -219,6 +224,53 @@ def test_what_it_refuses(change: dict[str, Any], says: str | None, monkeypatch: 
         return
     with pytest.raises(UserError, match=f"attention impl 'flash4' {says}"):
         choose("flash4", q, k, change.get("mask", Mask()), documents)
+
+
+def test_flash_attention_2_refuses_windows_that_it_takes_for_others() -> None:
+    """With 600 queries, 500 keys and Mask(window=700, offset=500) its result was 10 % off on an H200."""
+    q, k = (torch.empty(1, n, 4, 64, dtype=torch.bfloat16, device="meta") for n in (600, 500))
+    for mask in (Mask(window=700, offset=500), Mask(offset=450), Mask(causal=False, window=300), Mask(window=700, offset=-200)):
+        assert "sees other keys" in (KERNELS["flash"].refuses(q, k, mask, None) or ""), mask
+    for queries, keys, mask in ((q, q, Mask()), (q, q, Mask(window=9)), (k, q, Mask(offset=100)), (q, k, Mask(offset=-100))):
+        assert KERNELS["flash"].refuses(queries, keys, mask, None) is None
+
+
+def test_it_is_the_first_choice_where_it_works(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.empty(1, 8, 4, 64, dtype=torch.bfloat16, device="meta")
+    assert choose("auto", q, q, Mask(), None) is KERNELS["flash4" if flash4.installed() else "cudnn"]
+    monkeypatch.setattr(flash4, "installed", lambda: True)
+    assert choose("auto", q, q, Mask(), None) is KERNELS["flash4"]
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose("auto", q, q, Mask(), None) is KERNELS["flash4"]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(flash4, "capability", lambda device: 9)
+    assert choose("auto", q, q, Mask(window=3), None) is KERNELS["flash4"]
+    monkeypatch.setattr(flash4, "problem", lambda: "needs more")
+    assert choose("auto", q, q, Mask(), None) is KERNELS["cudnn"]
+    with pytest.raises(UserError, match="'flash4' needs more"):
+        choose("flash4", q, q, Mask(), None)
+
+
+def test_a_package_that_does_not_suit_is_refused(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = flash4.problem.__wrapped__
+    assert problem() is None
+    monkeypatch.setattr(flash4, "_package", lambda: SimpleNamespace(_flash_attn_fwd=Package._flash_attn_fwd))  # pyright: ignore
+    assert "the _flash_attn_bwd of this one has no q, k, v, cu_seqlens_q" in (problem() or "")
+    monkeypatch.setattr(flash4, "_package", lambda: importlib.import_module("no_such_package"))
+    assert "this one says ModuleNotFoundError" in (problem() or "")
+
+
+def test_there_is_no_second_derivative(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "KERNELS", {**KERNELS, "flash4": KERNELS["flash4"]._replace(refuses=lambda *_: None)})
+    q, k, v = qkv(9, 9, 4, 2)
+
+    def slope(q: Tensor) -> Tensor:
+        return grad(lambda q: attend(q, k, v, Mask(), None, 0.3, "flash4").square().sum())(q).square().sum()
+
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        grad(slope)(q)
 
 
 def test_each_package_is_told_from_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ def choose(name: str, q: Tensor, k: Tensor, mask: Mask, documents: Documents | N
     """Find a kernel by name, or for "auto" the fastest that can do this."""
     if name != "auto" and name not in KERNELS:
         raise unknown("attention impl", name, ("auto", *KERNELS))
-    order = ("cudnn", "flash", "cpu", "plain") if name == "auto" else (name,)
+    order = ("flash4", "cudnn", "flash", "cpu", "plain") if name == "auto" else (name,)
     for candidate in order:
         why = KERNELS[candidate].refuses(q, k, mask, documents)
         if why is None:
@@ -145,9 +145,18 @@ def _flash_refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None
         return why
     if documents is None and window and mask.window is not None and window["window_size_left"] < 0:
         return "has no windows that end before a query's place"
+    if documents is None and window and (why := _flash_cuts(q.shape[1], k.shape[1], mask.causal, window["window_size_right"])):
+        return why
     if q.shape[-1] > 256 or q.shape[-1] % 8:
         return f"needs a head size up to 256 and divisible by 8, not {q.shape[-1]}"
     return _gpu_refuses(q)
+
+
+def _flash_cuts(queries: int, keys: int, causal: bool, right: int) -> str | None:
+    """FlashAttention 2 takes what is below 0 for no limit, and as many keys for the most that no limit can be."""
+    if (causal and right < 0) or (queries > keys and not 0 <= right < keys):
+        return f"sees other keys than a window of {right} keys to the right, with {queries} queries and {keys} keys"
+    return None
 
 
 def _flash_window(q: Tensor, k: Tensor, mask: Mask) -> dict[str, int]:

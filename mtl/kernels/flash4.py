@@ -7,10 +7,13 @@ inside that, so forward and backward are two operations here, and the package is
 import functools
 import importlib
 import importlib.metadata
+import inspect
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from mtl.kernels import varlen
 from mtl.kernels.masks import Documents, Mask
@@ -18,6 +21,10 @@ from mtl.kernels.plain import Pair, Triple
 
 LARGEST = {9: 256, 10: 128}
 """The largest head by the first number of a device's compute capability: Hopper and Blackwell (whose kernels for 256 have no windows)."""
+
+_BOTH = "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k softmax_scale window_size_left window_size_right"
+CALLED = {"_flash_attn_fwd": f"{_BOTH} return_lse", "_flash_attn_bwd": f"{_BOTH} out dout lse deterministic dq dk dv"}
+"""The package's functions that are called here, and the arguments they are given."""
 
 _library: Any = torch.library.Library("mtl_flash4", "DEF")
 _library.define(
@@ -44,11 +51,11 @@ def refuses(q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> st
     largest = max(LARGEST.values()) if found is None else LARGEST[found]
     if q.shape[-1] > largest or q.shape[-1] % 8:
         return f"needs a head size up to {largest} and divisible by 8, not {q.shape[-1]}"
-    if documents is not None:
-        return varlen.refuses(mask, q.shape[1], k.shape[1])
-    if any(side is not None and side < 0 for side in window(mask, q.shape[1], k.shape[1])):
+    if documents is not None and (why := varlen.refuses(mask, q.shape[1], k.shape[1])):
+        return why
+    if documents is None and any(side is not None and side < 0 for side in window(mask, q.shape[1], k.shape[1])):
         return "has no windows that begin or end before a query's place beside the last keys"
-    return None
+    return None if found is None else problem()
 
 
 @functools.cache
@@ -59,6 +66,20 @@ def installed() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+@functools.cache
+def problem() -> str | None:
+    """Say why the package that is there cannot be used, or None: it is young, and what is called here may change. Loads it (6 s)."""
+    try:
+        package = _package()
+    except Exception as error:
+        return f"needs a flash-attn-4 that loads; this one says {type(error).__name__}: {error}"
+    for name, words in CALLED.items():
+        known = inspect.signature(getattr(package, name, lambda: None)).parameters
+        if missing := [word for word in words.split() if word not in known]:
+            return f"needs flash-attn-4 as of 4.0.0b36; the {name} of this one has no {', '.join(missing)}"
+    return None
 
 
 def capability(device: torch.device) -> int | None:
@@ -90,9 +111,8 @@ def backward(
     """Give the gradients of queries, keys and values."""
     if documents is not None:
         return varlen.backward(_backward_of_lengths, grad, q, k, v, out, lse, mask, documents, scale)
-    op: Any = torch.ops.mtl_flash4.flash4_attention_backward
     exact, sides = torch.are_deterministic_algorithms_enabled(), window(mask, q.shape[1], k.shape[1])
-    return op(grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], *sides, scale, exact)
+    return _Backward.apply(grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], *sides, scale, exact)  # pyright: ignore
 
 
 def _forward_of_lengths(q: Tensor, k: Tensor, v: Tensor, cuts: varlen.Cuts, scale: float) -> Pair:
@@ -103,16 +123,37 @@ def _forward_of_lengths(q: Tensor, k: Tensor, v: Tensor, cuts: varlen.Cuts, scal
 def _backward_of_lengths(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cuts: varlen.Cuts, scale: float
 ) -> Triple:
-    op: Any = torch.ops.mtl_flash4.flash4_attention_backward
     exact = torch.are_deterministic_algorithms_enabled()
-    return op(grad, q, k, v, out, lse, cuts.queries, cuts.keys, *cuts.longest, *_sides(cuts), scale, exact)
+    lengths = (cuts.queries, cuts.keys, *cuts.longest, *_sides(cuts))
+    return _Backward.apply(grad, q, k, v, out, lse, *lengths, scale, exact)  # pyright: ignore
 
 
 def _sides(cuts: varlen.Cuts) -> list[int | None]:
     return [None if side < 0 else side for side in cuts.window]
 
 
+class _Backward(Function):
+    """The operation, which torch would else take for a constant where a second derivative is asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> Triple:
+        op: Any = torch.ops.mtl_flash4.flash4_attention_backward
+        return op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("FlashAttention 4 has no second derivative: use --model.attention-impl plain for it")
+
+
+@functools.cache
 def _package() -> Any:
+    warnings.filterwarnings("ignore", "Argument aux_data .* cannot be converted to a JitArgument")  # at each kernel it compiles
     return importlib.import_module("flash_attn.cute.interface")
 
 
