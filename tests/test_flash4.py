@@ -1,8 +1,9 @@
 """FlashAttention 4: what mtl asks of the package, with a stand-in that keeps its rules; the package itself on a GPU that has it."""
 
+import dataclasses
 import importlib
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,18 @@ from torch import Tensor
 from torch.func import grad, vjp
 
 from mtl.errors import UserError
+from mtl.generate.decode import generate
 from mtl.inspect.operations import attention_flops, kind_of
 from mtl.kernels import attention, flash4
 from mtl.kernels.attention import KERNELS, attend, choose
 from mtl.kernels.masks import Documents, Mask
+from mtl.models import decoder
+from mtl.params import init
+from mtl.precision import PRECISIONS
 from mtl.runtime.compile import compiled
+from mtl.sharding.parallel import Parallel
 from tests.compare import close
+from tests.small import MODELS
 from tests.test_documents import WITHIN, draw, qkv, within
 
 OPS: Any = torch.ops.mtl_flash4
@@ -251,6 +258,26 @@ def test_it_is_the_first_choice_where_it_works(package: Package, monkeypatch: py
     assert choose("auto", q, q, Mask(), None) is KERNELS["cudnn"]
     with pytest.raises(UserError, match="'flash4' needs more"):
         choose("flash4", q, q, Mask(), None)
+
+
+def test_a_prompt_waits_for_no_package(one: Callable[..., Parallel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading takes 6 s, and a prompt is read once."""
+    taken: list[tuple[int, ...]] = []
+
+    def forward(q: Tensor, *rest: Any) -> Any:
+        taken.append(tuple(q.shape))
+        return KERNELS["plain"].forward(q, *rest)
+
+    willing = KERNELS["plain"]._replace(forward=forward, refuses=lambda *_: None)
+    monkeypatch.setattr(attention, "KERNELS", {**KERNELS, "flash4": willing})
+    config, par = MODELS["llama"], one()
+    params = init(decoder.specs(config), par.rules, par.mesh, 0, torch.float32)
+    for impl, used in (("auto", False), ("flash4", True)):
+        said = dataclasses.replace(config, attention_impl=impl)
+        list(generate(decoder, said, par.mesh, par.rules, PRECISIONS["fp32"], params, [[5, 6, 7]], 2))
+        assert bool(taken) == used
+    q = torch.empty(1, 8, 4, 64)
+    assert choose("auto", q, q, Mask(), None) is willing
 
 
 def test_a_package_that_does_not_suit_is_refused(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,16 +29,21 @@ class Kernel(NamedTuple):
     refuses: Callable[[Tensor, Tensor, Mask, Documents | None], str | None]
 
 
+ORDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"auto": ("flash4", "cudnn", "flash", "cpu", "plain"), "loaded": ("cudnn", "flash", "cpu", "plain")}
+)
+"""Kernels, the fastest first; "loaded" has those alone that need no package loaded, for who attends once."""
+
+
 def choose(name: str, q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> Kernel:
     """Find a kernel by name, or for "auto" the fastest that can do this."""
-    if name != "auto" and name not in KERNELS:
+    if name not in ORDERS and name not in KERNELS:
         raise unknown("attention impl", name, ("auto", *KERNELS))
-    order = ("flash4", "cudnn", "flash", "cpu", "plain") if name == "auto" else (name,)
-    for candidate in order:
+    for candidate in ORDERS.get(name, (name,)):
         why = KERNELS[candidate].refuses(q, k, mask, documents)
         if why is None:
             return KERNELS[candidate]
-        if name != "auto":
+        if name not in ORDERS:
             raise UserError(f"attention impl {name!r} {why}. Choose impl auto or plain.")
     raise AssertionError("plain refuses nothing")
 

@@ -51,7 +51,7 @@ def cached_attention(
     if "cached_slot" not in stream:
         keys[:, : k.shape[1]].copy_(k)
         values[:, : v.shape[1]].copy_(v)
-        return attention(par, q, k, v, window, None, impl, scale)
+        return attention(par, q, k, v, window, None, "loaded" if impl == "auto" else impl, scale)
     put(keys, k, stream["cached_slot"])
     put(values, v, stream["cached_slot"])
     seen = visible(stream["cached_place"], stream["positions"], window)
