@@ -7,7 +7,9 @@ those of a reduce-scatter in a wider type: parts travel as they are and are adde
 gloo's.
 """
 
+import functools
 import importlib
+import importlib.util
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -106,7 +108,7 @@ def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size
     for x in flat:
         target = mine[:, at : at + x.shape[1]]
         if scale is None:
-            target.copy_(x)
+            _cast(x, target)
         else:
             fp8.lay(x, scale, through, target)
         at += x.shape[1]
@@ -150,10 +152,28 @@ def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype
     for member in channel.others():
         channel.await_(main, member, 0, number + 1)
     landed = channel.slot(channel.handle.rank, number, (size, parts.shape[0] // size, sum(columns)), parts.dtype)
-    sums = [part.sum(0, dtype=dtype) for part in landed.split(columns, 2)]
+    sums = added(landed, columns, dtype)
     for member in channel.others():
         channel.tell(main, member, 1, number + 1)
     return sums
+
+
+def added(landed: Tensor, columns: list[int], dtype: torch.dtype) -> list[Tensor]:
+    """Sum what landed, [size, rows, columns], over the members in a type, cut by columns."""
+    kernel = _kernel() if landed.device.type == "cuda" else None
+    return [part.sum(0, dtype=dtype) for part in landed.split(columns, 2)] if kernel is None else kernel.sums(landed, columns, dtype)
+
+
+def _cast(x: Tensor, out: Tensor) -> None:
+    kernel = _kernel() if x.device.type == "cuda" else None
+    out.copy_(x) if kernel is None else kernel.cast(x, out)
+
+
+@functools.cache
+def _kernel() -> Any:
+    """Give the module of the kernel, where there is Triton for NVIDIA GPUs."""
+    there = torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    return importlib.import_module("mtl.kernels.engine_triton") if there else None
 
 
 def _gather_shape(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str) -> Tensor:
@@ -187,7 +207,7 @@ def _cpu_send(parts: Tensor, size: int, group: str) -> Tensor:
 
 def _cpu_collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str) -> list[Tensor]:
     landed = _LANDED.pop(int(sent)).view(size, parts.shape[0] // size, -1)
-    return [part.sum(0, dtype=dtype) for part in landed.split(columns, 2)]
+    return added(landed, columns, dtype)
 
 
 for _name, _gpu, _cpu, _shape in (

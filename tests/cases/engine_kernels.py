@@ -1,0 +1,24 @@
+"""The kernels beside copy engines, against torch's own operations: by Triton's interpreter in a process of its own, or on a GPU."""
+
+import torch
+
+from mtl.kernels import engine_triton
+
+
+def check(device: str) -> None:
+    """Sums of parts side by side, and casts into rows that lie apart, have the bits of plain additions and copies."""
+    torch.manual_seed(0)
+    for kind, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float32, torch.float64)):
+        for size, rows, columns in ((4, 5, [1500, 7, 1024]), (2, 3, [64]), (8, 1, [33, 2049])):
+            landed = torch.randn(size, rows, sum(columns), device=device).to(kind)
+            want = landed[0].to(wide)
+            for member in landed[1:]:
+                want = want + member.to(wide)
+            found = engine_triton.sums(landed, columns, wide)
+            assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, want.split(columns, 1), strict=True)), (kind, size)
+    whole = torch.zeros(6, 3000, device=device, dtype=torch.float16)
+    x = torch.randn(6, 1100, device=device)
+    engine_triton.cast(x, whole[:, 900:2000])
+    engine_triton.cast(torch.randn(50, 6, device=device).t(), whole[:, :50])
+    assert torch.equal(whole[:, 900:2000], x.half()) and whole[:, 2000:].abs().sum() == 0 and whole[:, 50:900].abs().sum() == 0
+    assert whole[:, :50].abs().min() > 0
