@@ -49,6 +49,15 @@ def test_fsdp_gathers_every_weight_again_in_backward(ranks: Ranks) -> None:
     assert found["mm"] == 3 * (TRIPS * LAYERS + 1), "gathering again must not multiply again"
 
 
+def test_fsdp_exchanges_rows_of_the_embedding_where_tokens_are_fewer(ranks: Ranks) -> None:
+    """On four devices each has 192 tokens, fewer than the 250 rows: the table travels neither way, on two (384) it does."""
+    found = counts(ranks, "fsdp", 4)
+    assert found["all_gather"] == 2 * (TRIPS * LAYERS + 1) + 1  # layers and head twice, the ids of all tokens once
+    assert found["all_to_all"] == 2, "rows forward, their gradients back"
+    assert found["reduce_scatter"] == TRIPS * LAYERS + 1, "layers and head"
+    assert counts(ranks, "fsdp")["all_to_all"] == 0
+
+
 def test_full_remat_multiplies_again_and_gathers_no_more(ranks: Ranks) -> None:
     plain, full = counts(ranks, "fsdp"), counts(ranks, "fsdp", remat="full")
     assert full["mm"] == plain["mm"] + (TRIPS - 1) * LAYERS or full["mm"] == plain["mm"] + TRIPS * LAYERS, (plain, full)
@@ -201,8 +210,8 @@ def test_context_gathers_keys_and_values(ranks: Ranks) -> None:
 
 def test_ring_passes_keys_round(ranks: Ranks) -> None:
     found = counts(ranks, "ring", 4)
-    # Three turns send k and v forward; backward sends them again, and their gradients four times.
-    assert found["all_to_all"] == LAYERS * (3 * 2 + 3 * 2 + 4 * 2)
+    # Three turns send k and v forward; backward sends them again, and their gradients four times. Rows of the embedding go both ways.
+    assert found["all_to_all"] == LAYERS * (3 * 2 + 3 * 2 + 4 * 2) + 2
     assert found["all_gather"] == counts(ranks, "fsdp")["all_gather"], "no keys are gathered"
 
 
