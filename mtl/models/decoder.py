@@ -35,12 +35,8 @@ Stream = dict[str, Tensor]
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": partial(F.gelu, approximate="tanh"), "reglu": F.relu}
 PLAIN = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "silu": F.silu,
-}
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu, "relu2": lambda x: F.relu(x).square(), "silu": F.silu,
+}  # fmt: skip
 MLP_BYTES = 2**32
 """What is wider inside an MLP goes through it in pieces of the sequence, where the layer is computed again in backward."""
 PROJECTIONS = {
@@ -178,18 +174,10 @@ def specs(cfg: Config) -> dict[str, Any]:
 def sizes(cfg: Config) -> dict[str, int]:
     """Give the global size of every logical axis that the model has."""
     return {
-        "layers": cfg.layers,
-        "vocab": cfg.vocab,
-        "embed": cfg.embed,
-        "heads": cfg.heads,
-        "core_heads": cfg.heads,
-        "kv_heads": cfg.kv_heads,
-        "core_kv_heads": cfg.kv_heads,
-        "head": cfg.head_size,
-        "mlp": cfg.mlp,
-        "norm": cfg.embed,
+        "layers": cfg.layers, "vocab": cfg.vocab, "embed": cfg.embed, "norm": cfg.embed, "mlp": cfg.mlp, "head": cfg.head_size,
+        "heads": cfg.heads, "core_heads": cfg.heads, "kv_heads": cfg.kv_heads, "core_kv_heads": cfg.kv_heads,
         "positions": cfg.max_positions,
-    }
+    }  # fmt: skip
 
 
 def together(cfg: Config) -> list[dict[str, str]]:
@@ -331,13 +319,11 @@ def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream,
     left = _input(cfg)
     q, k, v = project_all(par, h, p, {"query": f"{left},DHK->BSHK", "key": f"{left},DGK->BSGK", "value": f"{left},DGK->BSGK"}, drops)
     norms = {name: p[name] for name in ("query_norm", "key_norm") if cfg.qk_norm}
-    y = again(lambda norms, stream, *qkv: _attend(cfg, par, norms, stream, *qkv, results))(norms, stream, q, k, v)
+    y = again(lambda norms, stream, *qkv: _attend(cfg, par, norms, stream, *qkv, results=results))(norms, stream, q, k, v)
     return project(par, "BSHK,DHK->BRD", y, p["out"], drops.get("out"))
 
 
-def _attend(
-    cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k: Tensor, v: Tensor, results: Results | None = None
-) -> Tensor:
+def _attend(cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k: Tensor, v: Tensor, results: Any = None) -> Tensor:
     """Take query, key and value to what attention makes of them (B, S, H, K); of ``p`` it needs the norms of query and key."""
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
     if cfg.qk_norm:
