@@ -243,10 +243,13 @@ def test_flash_attention_2_refuses_windows_that_it_takes_for_others() -> None:
 
 
 def test_it_is_the_first_choice_where_it_works(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
-    q = torch.empty(1, 8, 4, 64, dtype=torch.bfloat16, device="meta")
+    q = torch.empty(1, 8, 4, 128, dtype=torch.bfloat16, device="meta")
     assert choose("auto", q, q, Mask(), None) is KERNELS["flash4" if flash4.installed() else "cudnn"]
     monkeypatch.setattr(flash4, "installed", lambda: True)
     assert choose("auto", q, q, Mask(), None) is KERNELS["flash4"]
+    narrow = q[..., :64]
+    assert choose("auto", narrow, narrow, Mask(), None) is KERNELS["cudnn"]
+    assert choose("auto", narrow, narrow, Mask(window=3), None) is KERNELS["flash4"], "cuDNN has no windows here"
     torch.use_deterministic_algorithms(True)
     try:
         assert choose("auto", q, q, Mask(), None) is KERNELS["flash4"]

@@ -30,16 +30,24 @@ class Kernel(NamedTuple):
 
 
 ORDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"auto": ("flash4", "cudnn", "flash", "cpu", "plain"), "loaded": ("cudnn", "flash", "cpu", "plain")}
+    {
+        "auto": ("flash4", "cudnn", "flash", "cpu", "plain"),
+        "narrow": ("cudnn", "flash4", "flash", "cpu", "plain"),
+        "loaded": ("cudnn", "flash", "cpu", "plain"),
+    }
 )
-"""Kernels, the fastest first; "loaded" has those alone that need no package loaded, for who attends once."""
+"""Kernels, the fastest first; "narrow" is auto for heads up to ``NARROW``, with which FlashAttention 4 was not timed; "loaded" has those
+alone that need no package loaded, for who attends once.
+"""
+NARROW = 64
 
 
 def choose(name: str, q: Tensor, k: Tensor, mask: Mask, documents: Documents | None) -> Kernel:
     """Find a kernel by name, or for "auto" the fastest that can do this."""
     if name not in ORDERS and name not in KERNELS:
         raise unknown("attention impl", name, ("auto", *KERNELS))
-    for candidate in ORDERS.get(name, (name,)):
+    order = "narrow" if name == "auto" and q.shape[-1] <= NARROW else name
+    for candidate in ORDERS.get(order, (name,)):
         why = KERNELS[candidate].refuses(q, k, mask, documents)
         if why is None:
             return KERNELS[candidate]
