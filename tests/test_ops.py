@@ -231,6 +231,9 @@ def test_the_ordered_gradient_of_queries_is_autograds(case: tuple[int, ...], kin
     assert got.dtype == q.dtype and (got.double() - want).abs().max() <= (2e-2 if kind == "kernel" else 1e-5) * want.abs().max()
     again = ordered.queries(grad, q, k, v, out.to(q.dtype), lse.float(), bool(causal), size**-0.5)
     assert torch.equal(got, again)
+    if kind == "meaning":
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.func.grad(lambda q: ordered.queries(grad, q, k, v, out.to(q.dtype), lse.float(), bool(causal), 1.0).sum())(q)
 
 
 @pytest.mark.parametrize(

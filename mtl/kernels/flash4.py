@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from mtl.kernels import varlen
 from mtl.kernels.masks import Documents, Mask
+from mtl.kernels.once import once
 from mtl.kernels.plain import Pair, Triple
 
 LARGEST = {9: 256, 10: 128}
@@ -112,7 +112,8 @@ def backward(
     if documents is not None:
         return varlen.backward(_backward_of_lengths, grad, q, k, v, out, lse, mask, documents, scale)
     exact, sides = torch.are_deterministic_algorithms_enabled(), window(mask, q.shape[1], k.shape[1])
-    return _Backward.apply(grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], *sides, scale, exact)  # pyright: ignore
+    op: Any = torch.ops.mtl_flash4.flash4_attention_backward
+    return once("FlashAttention 4", op, grad, q, k, v, out, lse, None, None, q.shape[1], k.shape[1], *sides, scale, exact)
 
 
 def _forward_of_lengths(q: Tensor, k: Tensor, v: Tensor, cuts: varlen.Cuts, scale: float) -> Pair:
@@ -125,30 +126,12 @@ def _backward_of_lengths(
 ) -> Triple:
     exact = torch.are_deterministic_algorithms_enabled()
     lengths = (cuts.queries, cuts.keys, *cuts.longest, *_sides(cuts))
-    return _Backward.apply(grad, q, k, v, out, lse, *lengths, scale, exact)  # pyright: ignore
+    op: Any = torch.ops.mtl_flash4.flash4_attention_backward
+    return once("FlashAttention 4", op, grad, q, k, v, out, lse, *lengths, scale, exact)
 
 
 def _sides(cuts: varlen.Cuts) -> list[int | None]:
     return [None if side < 0 else side for side in cuts.window]
-
-
-class _Backward(Function):
-    """The operation, which torch would else take for a constant where a second derivative is asked for."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args: Any) -> Triple:
-        op: Any = torch.ops.mtl_flash4.flash4_attention_backward
-        return op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("FlashAttention 4 has no second derivative: use --model.attention-impl plain for it")
 
 
 @functools.cache

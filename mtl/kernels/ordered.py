@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtl.kernels.once import once
+
 _library: Any = torch.library.Library("mtl_ordered", "DEF")
 _library.define("queries(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor delta, bool causal, float scale) -> Tensor")
 
@@ -24,7 +26,7 @@ def queries(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Ten
     """Give the queries' gradient [B, Q, H, K] for that of the result ``out``, keys and values [B, T, N, K], and lse [B, H, Q]."""
     delta = (grad.float() * out.float()).sum(-1).transpose(1, 2).contiguous()
     op: Any = torch.ops.mtl_ordered.queries
-    return op(grad, q, k, v, lse, delta, causal, scale)
+    return once("the ordered gradient of attention", op, grad, q, k, v, lse, delta, causal, scale)
 
 
 def plain(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, causal: bool, scale: float) -> Tensor:
