@@ -70,10 +70,7 @@ COMPILED: list[Case] = [
     (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
     (("tensor", 2), "llama", "none", "step+pieces", 1),
     (("tensor", 2), "gpt", "gather", "step+pieces", 1),
-    (("fsdp_ulysses_tensor", 4), "llama", "mlp:2", "block", 1),
-    (("fsdp", 2), "mistral", "mlp", "step+engine", 3),
     (("fsdp", 2), "llama", "dense", "step", 1),
-    (("fsdp_ring_tensor", 4), "gpt", "dense", "block", 1),
     (("tensor", 2), "llama_tied", "full", "block+pieces", 1),
 ]
 """A few on more ranks: tracing for four ranks on two cores takes up to half a minute."""
@@ -82,6 +79,9 @@ LONGER: list[Case] = [
     (("fsdp_tensor", 4), "llama_tied", "full", "step+engine", 3),
     (("fsdp_tensor", 4), "llama", "gather", "step", 1),
     (("hsdp", 4), "gpt", "selective", "step", 3),
+    (("fsdp_ulysses_tensor", 4), "llama", "mlp:2", "block", 1),
+    (("fsdp", 2), "mistral", "mlp", "step+engine", 3),
+    (("fsdp_ring_tensor", 4), "gpt", "dense", "block", 1),
     *((place, "llama_tied", "full", "block", 1) for place in PLACES if place[1] == 2),
 ]
 IN_PIECES: list[Case] = [

@@ -60,7 +60,6 @@ SOME: list[Case] = [
     (("ulysses", 2), "falcon", "selective", "block"),
     (("fsdp_tensor", 4), "falcon", "mlp", "none"),
     (("ulysses", 2), "llama", "mlp:2", "none"),
-    (("fsdp", 2), "llama_tied", "mlp", "step"),
     (("ring", 2), "gpt", "dense", "none"),
     (("ulysses", 2), "llama", "dense", "step"),
 ]
