@@ -18,7 +18,7 @@ WORLD = 8
 ROOT = Path(__file__).parent.parent
 JOINS = 3
 THREADS = 60
-"""A compiled case leaves its groups behind, whose threads spin once their peers are gone: with more than these the pool is made anew."""
+"""What a case leaves behind of its groups has threads, which spin once their peers are gone: with more than these the pool is made anew."""
 PATIENCE = 20
 """Seconds that other ranks have to answer once one reported an error: they may wait for it without end."""
 LOST = "Gloo connectFullMesh failed"
@@ -114,8 +114,7 @@ def _serve(path: str, rank: int) -> None:
             module, _, name = order["case"].partition(":")
             answer = {"result": getattr(importlib.import_module(module), name)(**order["arguments"])}
             dist.destroy_process_group()
-            torch._dynamo.reset()
-            gc.collect()
+            _let_go()
             answer["threads"] = sum(1 for _ in Path("/proc/self/task").glob("*"))
         except BaseException:
             answer = {"error": traceback.format_exc()}
@@ -125,14 +124,31 @@ def _serve(path: str, rank: int) -> None:
             return
 
 
-def _fork(path: str) -> None:
+def _let_go() -> None:
+    """Forget the meshes that DTensor keeps with layouts and Dynamo with what it compiled: else their groups live on."""
+    import torch
+    from torch._dynamo.utils import CleanupManager
+    from torch.distributed.tensor import _redistribute, debug
 
-    import torch.testing._internal.distributed.fake_pg  # noqa: F401  (registers what `Ranks.capture` joins)
-
-    import mtl.models.decoder
-    import mtl.train.step  # noqa: F401
-
+    torch._dynamo.reset()
+    for code in list(CleanupManager.instance.values):
+        CleanupManager.instance._remove_id(code)
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
     gc.collect()
+
+
+def _fork(path: str) -> None:
+    """Do once what each rank would do for its first case, and become eight."""
+    import torch
+    import torch.testing._internal.distributed.fake_pg
+
+    import tests.cases.graphs  # noqa: F401
+
+    torch.set_num_threads(1)
+    torch.compile(torch.sin, backend="aot_eager")(torch.ones(2))  # without a gradient: autograd's threads do not survive a fork
+    _let_go()
     gc.freeze()
     children = []
     for rank in range(WORLD):
