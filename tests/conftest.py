@@ -18,6 +18,8 @@ WORKERS = 4
 """At most so many share the tests: each has a pool of ranks of its own, and takes up to 2 GiB."""
 
 torch.set_num_threads(1)
+os.environ.setdefault("TENSORIFY_PYTHON_SCALARS", "0")
+"""This pass of torch's has all traced a second time where an argument is a float64 number on the CPU, as the loss scale in float64 is."""
 
 
 @pytest.hookimpl(optionalhook=True)
