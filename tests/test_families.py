@@ -94,12 +94,12 @@ def test_greedy_generation_is_that_of_transformers(one: One, name: str, tmp_path
     theirs = families.write(name, tmp_path / "hf")
     model, par = open_model(tmp_path / "hf"), one()
     weights = load_params(model, par.rules, par.mesh, torch.float64)
-    for prompt in tokens(2, 5):
-        with torch.no_grad():
-            want = theirs.generate(prompt.unsqueeze(0), do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0)[0, 5:]
-        config = decoder.for_evaluation(model.config)
-        got = [t[0] for t in generate(decoder, config, par.mesh, par.rules, PRECISIONS["fp64"], weights, [prompt.tolist()], 64)]
-        assert got == want.tolist()
+    prompts = tokens(2, 5)
+    with torch.no_grad():
+        want = theirs.generate(prompts, do_sample=False, max_new_tokens=64, eos_token_id=None, pad_token_id=0)[:, 5:]
+    config = decoder.for_evaluation(model.config)
+    got = list(generate(decoder, config, par.mesh, par.rules, PRECISIONS["fp64"], weights, prompts.tolist(), 64))
+    assert got == want.t().tolist()
 
 
 def held(folder: Path) -> dict[str, Tensor]:
