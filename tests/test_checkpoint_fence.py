@@ -62,8 +62,14 @@ def maker(one: Any, how: str) -> tuple[Callable[[Callable[[], None]], Any], Any,
     return make, state, batch(par, LLAMA, 0, 1, False, 2)
 
 
-@pytest.mark.parametrize("fenced", [True, False], ids=["fenced", "left_out"])
-@pytest.mark.parametrize("how", ["none", "step", "pipeline"])
+@pytest.mark.parametrize(
+    ("how", "fenced"),
+    [
+        *(pytest.param(how, True, id=f"{how}-fenced") for how in ("none", "step", "pipeline")),
+        pytest.param("none", False, id="none-left_out"),
+        *(pytest.param(how, False, id=f"{how}-left_out", marks=pytest.mark.slow) for how in ("step", "pipeline")),
+    ],
+)
 def test_an_update_waits_for_the_copies_and_a_gradient_does_not(
     how: str, fenced: bool, one: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -59,7 +59,7 @@ def stop(forks: Forks, arguments: list[str], out: Path, step: int, number: int, 
     return at
 
 
-@pytest.mark.parametrize("order", ["stateless", "megatron"])
+@pytest.mark.parametrize("order", [pytest.param("stateless", marks=pytest.mark.slow), "megatron"])
 def test_killed_in_the_middle_of_a_ramp_the_batches_are_the_same(order: str, forks: Forks, blend: list[str], tmp_path: Path) -> None:
     """kill -9, then a signal that saves, then the rest: metrics bitwise those of a run that never stopped."""
     arguments = [*MODEL, *RAMP, *blend, "--data.order", order]
@@ -134,7 +134,7 @@ def test_another_meaning_of_the_weights_is_told_apart(forks: Forks, tmp_path: Pa
     run(forks, [*again, "--lora.dropout", "0.5", "--optim.lr", "1e-4", "--model.z-loss", "1e-3"], tmp_path / "run")
 
 
-@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("bf16", "fp16")])
+@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), pytest.param("bf16", "fp16", marks=pytest.mark.slow)])
 def test_precision_may_change_where_losses_are_scaled_in_one_alone(before: str, after: str, forks: Forks, tmp_path: Path) -> None:
     arguments = [*MODEL, "--train.seq-len", "32", "--optim.schedule", "constant"]
     run(forks, [*arguments, "--train.steps", "3", "--precision", before], tmp_path / "straight")
@@ -166,7 +166,7 @@ def chats(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
-@pytest.mark.parametrize("packing", ["best-fit", "pad"])
+@pytest.mark.parametrize("packing", ["best-fit", pytest.param("pad", marks=pytest.mark.slow)])
 def test_a_killed_fine_tune_goes_on(packing: str, forks: Forks, tmp_path: Path) -> None:
     """kill -9 and resume, bitwise; best-fit also on another mesh and micro-batch, to 1e-9."""
     rows = chats(tmp_path / "chats.jsonl", 120)

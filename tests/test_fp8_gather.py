@@ -58,7 +58,7 @@ CASES: list[Any] = [
     pytest.param("fsdp_tensor", 4, {"remat": "full", "how": "step"}, marks=pytest.mark.slow),
     ("fsdp_context_tensor", 8, {"remat": "every:2"}),
     ("fsdp", 2, {"how": "block", "remat": "full"}),
-    ("fsdp", 2, {"how": "block"}),
+    pytest.param("fsdp", 2, {"how": "block"}, marks=pytest.mark.slow),
 ]
 
 
@@ -114,8 +114,8 @@ def test_an_evaluation_gathers_half_and_says_the_same(ranks: Ranks) -> None:
 @pytest.mark.parametrize(
     ("remat", "engine"),
     [
-        ("none", False),
         ("full", True),
+        pytest.param("none", False, marks=pytest.mark.slow),
         pytest.param("none", True, marks=pytest.mark.slow),
         pytest.param("full", False, marks=pytest.mark.slow),
     ],

@@ -64,17 +64,17 @@ def name(case: Case) -> str:
 
 COMPILED: list[Case] = [
     (("fsdp", 2), "llama_tied", "full", "step+engine", 3),
-    (("hsdp", 4), "gpt", "selective", "step+engine", 1),
     (("fsdp_tensor", 4), "llama", "gather", "block", 1),
-    (("tensor", 2), "gpt", "gather", "block", 1),
-    (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
-    (("tensor", 2), "llama", "none", "step+pieces", 1),
     (("tensor", 2), "gpt", "gather", "step+pieces", 1),
     (("fsdp", 2), "llama", "dense", "step", 1),
     (("tensor", 2), "llama_tied", "full", "block+pieces", 1),
 ]
 """A few on more ranks: tracing for four ranks on two cores takes up to half a minute."""
 LONGER: list[Case] = [
+    (("hsdp", 4), "gpt", "selective", "step+engine", 1),
+    (("tensor", 2), "gpt", "gather", "block", 1),
+    (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
+    (("tensor", 2), "llama", "none", "step+pieces", 1),
     (("fsdp", 4), "llama", "none", "step+engine", 1),
     (("fsdp_tensor", 4), "llama_tied", "full", "step+engine", 3),
     (("fsdp_tensor", 4), "llama", "gather", "step", 1),
