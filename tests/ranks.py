@@ -30,22 +30,25 @@ class Ranks:
     """Runs ``module:function`` on the first ``world`` ranks; gives rank 0's result. An error on any rank is raised here."""
 
     def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
         self.folder = tempfile.TemporaryDirectory()
         self.count = 0
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(f"{self.folder.name}/pool")
-        listener.listen(WORLD)
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(f"{self.folder.name}/pool")
+        self.listener.listen(WORLD)
+        self.listener.settimeout(120)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.ranks", f"{self.folder.name}/pool"], cwd=ROOT, env=env, start_new_session=True
-        )
-        listener.settimeout(120)
+        command = [sys.executable, "-m", "tests.ranks", f"{self.folder.name}/pool"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, env=env, start_new_session=True)
+        self._renew()
+
+    def _renew(self) -> None:
+        """Have the ranks killed, if there are any, and forked anew."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
         found = {}
         for _ in range(WORLD):
-            connection = listener.accept()[0]
+            connection = self.listener.accept()[0]
             stream = connection.makefile("rw")
             found[int(stream.readline())] = (connection, stream)
         self.streams = [found[i] for i in range(WORLD)]
@@ -63,8 +66,7 @@ class Ranks:
             answers = self._ask(case, world, count, arguments)
             errors = [f"rank {i}: {a['error']}" for i, a in enumerate(answers) if "error" in a]
             if errors or max(a["threads"] for a in answers) > THREADS:
-                self.close()
-                self._start()
+                self._renew()
             if not errors:
                 return answers[0]["result"]
             if not any(LOST in e or DIED in e for e in errors):
@@ -92,7 +94,8 @@ class Ranks:
     def close(self) -> None:
         """End all ranks."""
         os.killpg(self.process.pid, 9)
-        self.process.wait()
+        self.process.communicate()
+        self.listener.close()
         self.folder.cleanup()
 
 
@@ -140,7 +143,7 @@ def _let_go() -> None:
 
 
 def _fork(path: str) -> None:
-    """Do once what each rank would do for its first case, and become eight."""
+    """Do once what each rank would do for its first case; for every line of input become eight, in place of those before."""
     import torch
     import torch.testing._internal.distributed.fake_pg
 
@@ -150,15 +153,17 @@ def _fork(path: str) -> None:
     torch.compile(torch.sin, backend="aot_eager")(torch.ones(2))  # without a gradient: autograd's threads do not survive a fork
     _let_go()
     gc.freeze()
-    children = []
-    for rank in range(WORLD):
-        child = os.fork()
-        if child == 0:
-            _serve(path, rank)
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
+    children: list[int] = []
+    for _ in sys.stdin:
+        while children:
+            os.kill(children[-1], 9)
+            os.waitpid(children.pop(), 0)
+        for rank in range(WORLD):
+            child = os.fork()
+            if child == 0:
+                _serve(path, rank)
+                os._exit(0)
+            children.append(child)
 
 
 if __name__ == "__main__":
