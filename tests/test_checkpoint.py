@@ -113,13 +113,13 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_any_layout_restores_what_any_other_saved(ranks: Ranks, tmp_path: Path) -> None:
-    saved = {"single": 1, "fsdp_tensor": 8, "zero1": 8, "hsdp": 4, "tensor": 4, "pipe:fsdp_tensor": 8, "pipe:single": 2}
+    saved = {"single": 1, "fsdp_tensor": 8, "hsdp": 4, "tensor": 4, "pipe:fsdp_tensor": 8}
     paths = []
     for table, world in saved.items():
         paths.append(str(tmp_path / f"{table.replace(':', '_')}{world}"))
         ranks.run(CASE + "save", world, table=table, world=world, path=paths[-1])
-    for world in (1, 2, 4, 8):
-        layouts = [[table, world] for table in ("single", "ddp", "fsdp", "fsdp_tensor", "tensor") if world in MESHES[table]]
+    for world in (1, 2, 8):
+        layouts = [[table, world] for table in ("single", "zero1", "fsdp", "fsdp_tensor", "tensor") if world in MESHES[table]]
         layouts += [["pipe:single", world]] if world > 1 else []
         assert ranks.run(CASE + "matrix", world, paths=paths, layouts=layouts) == []
 

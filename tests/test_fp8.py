@@ -161,14 +161,19 @@ def test_the_kernel_rounds_to_the_same_bits(dtype: torch.dtype) -> None:
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp8_rows"])
-def test_a_model_trains_as_in_16_bits(ranks: Ranks, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "tables"),
+    [("fp8", ("fsdp", "tensor")), ("fp8_rows", ()), pytest.param("fp8_rows", ("fsdp", "tensor"), marks=pytest.mark.slow)],
+    ids=["fp8", "fp8_rows", "fp8_rows-meshes"],
+)
+def test_a_model_trains_as_in_16_bits(ranks: Ranks, precision: str, tables: tuple[str, ...]) -> None:
     found = ranks.run("tests.cases.fp8:losses", 1, precisions=["bf16", precision])
     exact, rounded = torch.tensor(found["bf16"]), torch.tensor(found[precision])
     assert exact[-1] < exact[0] - 1, "the reference learns"
     assert not torch.equal(exact, rounded)
     assert ((exact - rounded).abs() / exact[0]).max() < 0.02, "the task is learnt to nothing, so the gap is held against the first loss"
-    for table, remat in (("fsdp", "none"), ("tensor", "gather")):
+    for table in tables:
+        remat = "gather" if table == "tensor" else "none"
         spread = torch.tensor(ranks.run("tests.cases.fp8:losses", 2, precisions=[precision], table=table, remat=remat)[precision])
         assert ((spread - exact).abs() / exact[0]).max() < 0.02, "each device scales its own parts, so only 16 bits are the same everywhere"
         if table == "fsdp":

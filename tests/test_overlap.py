@@ -13,7 +13,14 @@ from mtl.runtime.overlap import DISTANCE
 from tests.ranks import Ranks
 
 
-@pytest.mark.parametrize(("precision", "engine"), [("fp64", False), ("bf16", False), ("bf16", True)], ids=["sums", "exchanges", "engine"])
+@pytest.mark.parametrize(
+    ("precision", "engine"),
+    [
+        pytest.param("fp64", False, id="sums"),
+        pytest.param("bf16", False, id="exchanges", marks=pytest.mark.slow),
+        pytest.param("bf16", True, id="engine"),
+    ],
+)
 def test_gathers_start_ahead_and_sums_end_behind(ranks: Ranks, precision: str, engine: bool) -> None:
     found = ranks.run("tests.cases.overlap:distances", 2, precision=precision, engine=engine)
     plain, moved = found["plain"], found["overlap"]
