@@ -162,6 +162,12 @@ def make_evaluation(pipeline: Pipeline | None, config: Any, par: Parallel, preci
     return make_pipelined_evaluate(model, config, par, precision, pipeline)
 
 
+def said(setup: Experiment, pipeline: Pipeline | None) -> list[str]:
+    """Say in a line what the pipeline came to, where there is one."""
+    found = described(setup, pipeline)
+    return ["pipeline " + ", ".join(f"{name} {value}" for name, value in found.items())] if found else []
+
+
 def gathered(step: PipelinedStep, watch: Watch) -> list[list[tuple[str, float, float]]]:
     """Bring the times of a pipeline's devices together: rows of (action, start, end), in seconds from the first start."""
     par, table = step.staging.par, step.table

@@ -32,6 +32,7 @@ from mtl.errors import UserError, unknown
 from mtl.generate.decode import generate
 from mtl.generate.sampling import Sampling
 from mtl.kernels import attention as attention_kernels
+from mtl.kernels import products
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw, sgd
 from mtl.optim.schedules import Schedule, schedule
@@ -43,7 +44,7 @@ from mtl.runtime.signals import Signals
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.rules import Rules, check_mesh
-from mtl.train.loop import fit
+from mtl.train.loop import Behind, fit
 from mtl.train.pipelined import Pipeline
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib
 from mtl.train.state import init_state
@@ -139,7 +140,8 @@ def parallel(setup: Experiment, rules: Rules, shape: MeshShape, precision: Preci
     engine = by_engine(setup, shape, at)
     pieces = takes_pieces(setup, rules, shape, precision, engine or (at.device.type == "cpu" and setup.tensor.overlap == "on"))
     mesh, whole = make_mesh(shape, at.device.type), sizes(setup, rules, shape)
-    return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8)
+    by = products.choose(setup.products, at.device, precision.compute)
+    return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8, quack=by)
 
 
 def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:
@@ -179,6 +181,7 @@ def check(setup: Experiment, rules: Rules, shape: MeshShape, precision: Precisio
         rules.layout("act", (name,), (known[name],), shape, what)
     make_step_options(setup, precision, device)
     takes_pieces(setup, rules, shape, precision, setup.transport != "nccl" or device.type == "cpu")
+    products.choose(setup.products, device, precision.compute)
     checkpoints.check(setup.checkpoint)
     pipelining.plan(setup, shape)
     resting.check(setup, shape)
@@ -230,7 +233,9 @@ def run(
     choices = resolved(par, shape, precision) | {"pipeline": pipelining.described(setup, pipeline)}
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, "decides": dict(work.decides), **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
-    options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=keeper.before_update)
+    length = work_length(work, par, train.seq_len)
+    behind = Behind(lambda i: watching.may_wait(setup, at, shape, keeper.first, i) and length(i) == length(i - 1), keeper.before_update)
+    options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=behind.before_update)
     timing = pipelining.Timing(train.steps)
     rest = resting.Rest(setup.offload, specs, par.mesh, precision)
     weights = rest.weights(par)
@@ -243,15 +248,13 @@ def run(
     )  # fmt: skip
     wandb = {"project": setup.log.project, "name": folder.name, "config": dataclasses.asdict(setup)} if setup.log.wandb else None
     log = RunLog(folder, at.rank == 0, train.steps, wandb and wandb | {"id": keeper.run_id, "resume": "allow"}, keeper.first)
-    log.say(f"{preset}: {params.count(specs) / 1e6:.1f} M parameters{tuned.said(model)}, {precision.name} on {at.world} x {at.device.type}")
-    log.say(f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}")
-    for line in work.said:
+    about = f"{preset}: {params.count(specs) / 1e6:.1f} M parameters{tuned.said(model)}, {precision.name} on {at.world} x {at.device.type}"
+    layout = f"mesh {shape}, rules {rules.name}{'' if setup.rules else ' (chosen from the mesh)'}; run folder {folder}"
+    for line in (about, layout, *work.said, *pipelining.said(setup, pipeline)):
         log.say(line)
     foretold.show(plan, folder, preset, log)
     keeper.start(state, log)
-    if pipeline is not None:
-        log.say("pipeline " + ", ".join(f"{name} {value}" for name, value in pipelining.described(setup, pipeline).items()))
-    length, taken = work_length(work, par, train.seq_len), reading.taken(reading.batch_sizes(setup), keeper.first, keeper.data)
+    taken = reading.taken(reading.batch_sizes(setup), keeper.first, keeper.data)
     batch = reading.feed(setup, work, par, precision.param, micro_batch(setup), keeper.first, taken, length)
     hooks = [
         measured(setup, at, length),
@@ -265,7 +268,7 @@ def run(
     try:
         keeper.replay(state, hooks)
         hooks += watching.profiled(setup, at, folder, f"{preset}, {precision.name}, mesh {shape}, rules {rules.name}", keeper.first, log)
-        state = fit(state, step, batch, range(keeper.first, train.steps), [keeper.step_done, *hooks, keeper.save_if_due])
+        state = fit(state, step, batch, range(keeper.first, train.steps), [keeper.step_done, *hooks, keeper.save_if_due], behind)
         keeper.finish()
         text = sample(setup, par, precision, rest.usable(state.params), work, tuned) if train.steps else ""
     finally:
@@ -287,7 +290,7 @@ def resolved(par: Parallel, shape: MeshShape, precision: Precision) -> dict[str,
     rules = par.rules
     tables = {name: dict(getattr(rules, name)) for name in ("store", "compute", "act")}
     how = {"gather": rules.gather, "order": rules.order, "transport": "engine" if par.engine else "collectives"}
-    how["tensor_overlap"] = "on" if par.piecewise else "off"
+    how |= {"tensor_overlap": "on" if par.piecewise else "off", "products": "quack" if par.quack else "torch"}
     return {"rules": rules.name, **tables, **how, "mesh": shape.sizes(), "precision": precision.name}
 
 

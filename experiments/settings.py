@@ -157,6 +157,9 @@ class Experiment:
     transport: Literal["auto", "nccl", "engine"] = "auto"
     """How weights, gradients and pipelines' messages travel: by collectives or by copy engines. auto takes these where a compiled step
     has several GPUs of one host that reach each other, which are one pipeline or have none."""
+    products: Literal["auto", "torch", "quack"] = "auto"
+    """Who multiplies the layers' large matrices in bf16 and fp16: auto takes the kernels of quack-kernels on Hopper GPUs where it is
+    installed (flash-attn-4 brings it), which take less power than torch's."""
     compile: Literal["auto", "none", "block", "step"] = "auto"
     """auto compiles the whole step on CUDA devices, nothing elsewhere."""
     remat: str = "none"

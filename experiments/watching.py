@@ -9,7 +9,8 @@ from mtl.errors import UserError
 from mtl.runtime.compile_time import compile_time
 from mtl.runtime.log import RunLog
 from mtl.runtime.process import Place
-from mtl.runtime.profile import Profiler, profiling
+from mtl.runtime.profile import Profiler, profiled_steps, profiling
+from mtl.sharding.mesh import MeshShape
 
 Hook = Callable[[int, Any, dict[str, Any]], None]
 
@@ -40,3 +41,14 @@ def profiled(setup: Experiment, at: Place, folder: Path, about: str, first: int,
     if not setup.profile or at.rank:
         return []
     return [profiling(Profiler(folder / "profile", at.device, about), first, setup.train.steps, setup.profile, log.say)]
+
+
+def may_wait(setup: Experiment, at: Place, shape: MeshShape, first: int, i: int) -> bool:
+    """Say whether a device may begin the step after step i before i is told of.
+
+    Not where that would change what is measured or saved: a step that is evaluated, saved or where a profile begins or ends has the device
+    to itself, and the first two steps compile. A CPU computes nothing while it is told.
+    """
+    alone = any(every and i % every == 0 for every in (setup.train.eval_every, setup.checkpoint.every))
+    profiled = setup.profile > 0 and i in profiled_steps(first, setup.train.steps, setup.profile)
+    return at.device.type == "cuda" and shape.pipe == 1 and i > first + 1 and not (alone or profiled)

@@ -54,12 +54,23 @@ class Forks:
         self.stream = ours.makefile("rw")
         self.count = 0
 
-    def start(self, arguments: list[str], ranks: int = 1, program: str = "pretrain", errors: bool = True) -> Run:
-        """Start a run of pretrain or finetune; with ``errors`` what it says on stderr is in its text too, else in a file beside it."""
+    def start(self, arguments: list[str], ranks: int = 1, program: str = "pretrain", errors: bool = True, behind: bool = False) -> Run:
+        """Start a run of pretrain or finetune; with ``errors`` what it says on stderr is in its text too, else in a file beside it.
+
+        With ``behind`` it tells of every step while the next one's gradient is under way, as on a GPU.
+        """
         self.count += 1
         output = Path(self.folder.name) / f"out{self.count}"
         place = str(output) if errors else f"{output}.errors"
-        order = {"program": program, "arguments": arguments, "ranks": ranks, "output": str(output), "errors": place, "port": _free_port()}
+        order = {
+            "behind": behind,
+            "program": program,
+            "arguments": arguments,
+            "ranks": ranks,
+            "output": str(output),
+            "errors": place,
+            "port": _free_port(),
+        }
         return Run(self._ask(order), output)
 
     def complete(self, arguments: list[str], ranks: int = 1, program: str = "pretrain") -> subprocess.CompletedProcess[str]:
@@ -103,9 +114,11 @@ def _child(order: Any, rank: int) -> None:
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": order["port"]}
         os.environ.update({name: str(value) for name, value in place.items()})
     sys.argv = [f"{order['program']}.py", *order["arguments"]]
-    from experiments import finetune, pretrain
+    from experiments import finetune, pretrain, watching
     from mtl.runtime import process
 
+    if order["behind"]:
+        watching.may_wait = lambda setup, at, shape, first, i: True
     kind = {"pretrain": pretrain.PRETRAIN, "finetune": finetune.FINETUNE}[order["program"]]
     process.guarded(lambda: pretrain.main(caught, kind))
 

@@ -247,7 +247,8 @@ def test_it_is_the_first_choice_where_it_works(package: Package, monkeypatch: py
     assert choose("auto", q, q, Mask(), None) is KERNELS["flash4" if flash4.installed() else "cudnn"]
     monkeypatch.setattr(flash4, "installed", lambda: True)
     assert choose("auto", q, q, Mask(), None) is KERNELS["flash4"]
-    narrow = q[..., :64]
+    assert choose("auto", q[..., :64], q[..., :64], Mask(), None) is KERNELS["flash4"]
+    narrow = q[..., :56]
     assert choose("auto", narrow, narrow, Mask(), None) is KERNELS["cudnn"]
     assert choose("auto", narrow, narrow, Mask(window=3), None) is KERNELS["flash4"], "cuDNN has no windows here"
     torch.use_deterministic_algorithms(True)

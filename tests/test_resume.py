@@ -149,7 +149,7 @@ def killed(forks: Forks, straight: Any, tmp_path: Path, seed: int, ranks: int, o
     """kill -9 at a random instant of a random stage, some times over; then finish."""
     out, luck = tmp_path / "run", random.Random(seed)
     for _ in range(2):
-        run = forks.start([*TINY, *SAVING, *MESHES[ranks], "--out", str(out)], ranks)
+        run = forks.start([*TINY, *SAVING, *MESHES[ranks], "--out", str(out)], ranks, behind=seed % 2 == 1)
         until(run, out, luck.randint(0, STEPS - 2) if luck.random() < 0.8 else -1, 20)
         time.sleep(luck.random() * luck.choice([0.01, 0.1, 1.0]))
         run.signal(signal.SIGKILL, [luck.randrange(ranks)] if one else None)
@@ -181,7 +181,9 @@ def stopped(forks: Forks, straight: Any, tmp_path: Path, seed: int, ranks: int) 
     out, luck = tmp_path / "run", random.Random(seed)
     number = luck.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     run = forks.start(
-        [*TINY, "--resume", "auto", "--checkpoint.every", luck.choice(["0", "1", "3"]), *MESHES[ranks], "--out", str(out)], ranks
+        [*TINY, "--resume", "auto", "--checkpoint.every", luck.choice(["0", "1", "3"]), *MESHES[ranks], "--out", str(out)],
+        ranks,
+        behind=seed % 2 == 1,
     )
     end = time.monotonic() + 60
     want = luck.randint(0, STEPS - 1)

@@ -40,6 +40,8 @@ from mtl.runtime.compile import compiled
 from mtl.sharding.mesh import MeshShape, make_mesh
 from mtl.sharding.parallel import Parallel
 
+SLEEP = 10_000_000
+"""Cycles of the device, about 5 ms."""
 Name = Literal["attention", "packed", "norm", "rotary", "swiglu", "head", "optimizer"]
 
 
@@ -174,6 +176,7 @@ def clock(run: Callable[[], Any], rounds: int, device: torch.device) -> float:
     for i in range(rounds + 2):
         if device.type == "cuda":
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            torch.cuda._sleep(SLEEP)  # pyright: ignore[reportPrivateUsage] - so the device begins when it was told everything, as within a step
             marks[0].record()
             run()
             marks[1].record()

@@ -33,6 +33,7 @@ from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.runtime import process
 from mtl.runtime.profile import Profiler
+from mtl.train.loop import Behind, Hook, fit
 from mtl.train.speed import flops_per_token, peak_flops, peak_memory_gib, reserved_memory_gib
 from mtl.train.state import init_state
 from mtl.train.step import make_step
@@ -66,6 +67,8 @@ class Bench:
     """Start gathers ahead of use, where several GPUs talk."""
     transport: Literal["auto", "nccl", "engine"] = "auto"
     """What moves weights and gradients, as pretrain.py takes it."""
+    products: Literal["auto", "torch", "quack"] = "auto"
+    """Who multiplies large matrices, as pretrain.py takes it."""
     tensor: TensorSettings = field(default_factory=TensorSettings)
     optimizer: Literal["plain", "fused"] = "plain"
     """AdamW compiled from plain operations, or torch's fused kernel."""
@@ -118,27 +121,37 @@ def main() -> None:
         raise UserError(f"--lr is {bench.lr}: it must be a number from 0 on.")
     at = process.place()
     process.prepare_environment(tf32=bench.precision == "tf32")
-    with prepared(bench, at) as (setup, chosen, run):
+    behind = Behind(lambda i: at.device.type == "cuda" and i > 1)
+    with prepared(bench, at, behind.before_update) as (setup, chosen, run):
         times: list[float] = []
         losses: list[float] = []
-        for i in range(bench.steps):
-            start = time.perf_counter()
-            losses.append(run(i)["loss"].item())
-            times.append(time.perf_counter() - start)
+
+        def seen(i: int, state: Any, record: dict[str, Any]) -> None:
+            times.append(record["step_time"])
+            losses.append(record["loss"])
+
+        def take(steps: range, *hooks: Hook) -> None:
+            step: Any = lambda state, i: (state, run(i))  # noqa: E731
+            fit(None, step, lambda i: i, steps, hooks, behind)
+
+        take(range(bench.steps), seen)
         report(bench, setup, chosen, at, times, losses)
         if bench.profile:
-            profile(bench, f"{bench.preset} x{setup.model.layers}, {chosen}, {bench.precision} on {at.world} x {at.device.type}", at, run)
+            about = f"{bench.preset} x{setup.model.layers}, {chosen}, {bench.precision} on {at.world} x {at.device.type}"
+            profile(bench, about, at, lambda: take(range(bench.steps, bench.steps + bench.profile)))
 
 
 @contextlib.contextmanager
-def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str, Callable[[int], Any]]]:
+def prepared(
+    bench: Bench, at: process.Place, before_update: Callable[[], None] = lambda: None
+) -> Generator[tuple[Experiment, str, Callable[[int], Any]]]:
     """Make ready what is timed: gives the settings, what was chosen in words, and ``run(i)``, which takes step i and gives its metrics."""
     if bench.preset not in PRESETS:
         raise unknown("preset", bench.preset, PRESETS)
     preset = PRESETS[bench.preset]
     model = dataclasses.replace(preset.model, layers=bench.layers or preset.model.layers, attention_impl=bench.attention)
     setup = dataclasses.replace(preset, model=model, mesh=bench.mesh, rules=bench.rules, remat=bench.remat, offload=bench.offload)
-    setup = dataclasses.replace(setup, precision=bench.precision, transport=bench.transport, tensor=bench.tensor)
+    setup = dataclasses.replace(setup, precision=bench.precision, transport=bench.transport, tensor=bench.tensor, products=bench.products)
     rules, shape = pretrain.choose_layout(setup, at.world)
     rows = math.prod(getattr(shape, axis) for axis in rules.act["batch"])
     total = rows * bench.micro_batch_size * bench.accumulate
@@ -159,7 +172,8 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         optimizer = adamw(params.decayed(specs), impl=bench.optimizer)
         rate = schedule("constant", bench.lr, 1000, bench.lr_warmup)
         options = pretrain.make_step_options(setup, precision, at.device)
-        step = make_step(decoder, model, par, optimizer, rate, dataclasses.replace(options, overlap=bench.overlap))
+        options = dataclasses.replace(options, overlap=bench.overlap, before_update=before_update)
+        step = make_step(decoder, model, par, optimizer, rate, options)
         state = resting.Rest(bench.offload, specs, par.mesh, precision).fresh(partial(init_state, seed=bench.seed), rules, optimizer)
         samples = (
             Windows(python_text()[0], bench.seed, "train")
@@ -171,13 +185,12 @@ def prepared(bench: Bench, at: process.Place) -> Generator[tuple[Experiment, str
         yield setup, f"{rules.name} {shape}{' in pieces' if par.piecewise else ''}", lambda i: step(state, ready[i % len(ready)])[1]
 
 
-def profile(bench: Bench, about: str, at: process.Place, run: Callable[[int], Any]) -> None:
+def profile(bench: Bench, about: str, at: process.Place, take: Callable[[], None]) -> None:
     """Take more steps under the profiler, on the first device."""
     profiler = Profiler(bench.out / "profile", at.device, about) if at.rank == 0 else None
     if profiler is not None:
         profiler.start()
-    for i in range(bench.profile):
-        run(i)["loss"].item()
+    take()
     if profiler is not None:
         profiler.stop(bench.profile)
         print((profiler.folder / "summary.txt").read_text(), flush=True)

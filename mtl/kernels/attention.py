@@ -36,7 +36,7 @@ ORDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "loaded": ("cudnn", "flash", "cpu", "plain"),
     }
 )
-"""Kernels, the fastest first; "narrow" is auto for heads up to ``NARROW``, with which FlashAttention 4 was not timed; "loaded" has those
+"""Kernels, the fastest first; "narrow" is auto for heads below ``NARROW``, with which FlashAttention 4 was not timed; "loaded" has those
 alone that need no package loaded, for who attends once.
 """
 NARROW = 64
@@ -46,7 +46,7 @@ def choose(name: str, q: Tensor, k: Tensor, mask: Mask, documents: Documents | N
     """Find a kernel by name, or for "auto" the fastest that can do this."""
     if name not in ORDERS and name not in KERNELS:
         raise unknown("attention impl", name, ("auto", *KERNELS))
-    order = "narrow" if name == "auto" and q.shape[-1] <= NARROW else name
+    order = "narrow" if name == "auto" and q.shape[-1] < NARROW else name
     for candidate in ORDERS.get(order, (name,)):
         why = KERNELS[candidate].refuses(q, k, mask, documents)
         if why is None:

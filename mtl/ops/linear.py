@@ -205,7 +205,7 @@ def _one_product(par: Parallel, entry: Entry, weights: Weights, spread: Spread |
     eight = par.fp8 if _may_round(rights, math.prod(lead), x.shape[-1], ws, split, transposed) else None
     inner = entry.made_of or [x]
     inner = inner if spread is not None or pieces is not None else [part.flatten(0, -2) for part in inner]
-    how = How(entry.fn, spread, split, transposed, eight, move, len(inner), par.late, pieces)
+    how = How(entry.fn, spread, split, transposed, eight, move, len(inner), par.late, pieces, quack=par.quack)
     copied = not move.gathers and all(w.dtype != x.dtype for w in ws)  # a step's own copy of the weights, made once
     known = [scale for scale in scales if scale is not None] if eight == "tensor" and move.gathers else []
     if len(known) == len(ws):
@@ -213,7 +213,7 @@ def _one_product(par: Parallel, entry: Entry, weights: Weights, spread: Spread |
         y = product(replace(how, known=True, keep=not par.regather), *inner, *ws, scale)
     elif (move.gathers and par.regather) or (spread is not None and not copied):
         y = product(how, *inner, *ws)
-    elif entry.fn is not None or spread is not None or pieces is not None or eight:
+    elif entry.fn is not None or spread is not None or pieces is not None or eight or par.quack:
         w = fetched(x.dtype, move, split, *ws)
         y = product(replace(how, move=Move((), w.dtype, w.dtype)), *inner, w)
     else:

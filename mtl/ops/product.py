@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.func import vjp
 
 from mtl.kernels import copy_engine, fp8
+from mtl.kernels.products import multiply
 from mtl.ops.late import after
 from mtl.ops.piecewise import Gathered, Summed
 from mtl.sharding.collectives import (
@@ -187,7 +188,7 @@ class How:
     others are shards of weights, which lie side by side. With ``eight``, how many scales there are, products are taken in 8 bits; with
     ``known`` the weights' one scale is a last operand, and they travel in 8 bits. ``late`` makes what is gathered again wait for the
     gradient; with ``keep`` what travelled in 8 bits is kept, and not gathered again. With ``pieces`` the product is taken in pieces, which
-    gather the part, or sum over devices: the activation then is [B, S, columns], not rows.
+    gather the part, or sum over devices: the activation then is [B, S, columns], not rows. ``quack`` is as in `Parallel`.
     """
 
     fn: Any
@@ -201,6 +202,7 @@ class How:
     pieces: Gathered | Summed | None = None
     known: bool = False
     keep: bool = False
+    quack: int = 0
 
     def rows(self, *inner: Tensor) -> Tensor:
         """Give the activation as rows."""
@@ -211,7 +213,7 @@ class How:
     def forward(self, rows: Tensor, matrix: Tensor, scale: Tensor | None = None) -> tuple[Tensor, ...]:
         """Multiply; in 8 bits with one scale a side give those that were found too."""
         if not self.eight:
-            return (rows @ (matrix.t() if self.transposed else matrix),)
+            return (multiply(self.quack, rows, matrix.t() if self.transposed else matrix),)
         a, b = fp8.side(rows, self.eight, turned=False).plain, self.rounded(matrix, scale, not self.transposed)
         found = (a.scale,) if self.known else (a.scale, b.scale)
         return fp8.multiply(a, b, rows.dtype), *(found if self.eight == "tensor" else ())
@@ -232,13 +234,13 @@ class How:
     def to_rows(self, grad: Tensor | fp8.Side, matrix: Tensor, scales: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Give the gradient of the rows, in a type."""
         if isinstance(grad, Tensor):
-            return grad @ (matrix if self.transposed else matrix.t())
+            return multiply(self.quack, grad, matrix if self.transposed else matrix.t())
         return fp8.multiply(grad.plain, self.rounded(matrix, scales[1] if scales else None, self.transposed), dtype)
 
     def to_matrix(self, grad: Tensor | fp8.Side, rows: Tensor, scales: Sequence[Tensor]) -> Tensor:
         """Give the gradient of the matrix."""
         if isinstance(grad, Tensor):
-            return grad.t() @ rows if self.transposed else rows.t() @ grad
+            return multiply(self.quack, grad.t(), rows) if self.transposed else multiply(self.quack, rows.t(), grad)
         assert self.eight is not None
         g, r = grad.turned, fp8.side(rows, self.eight, scales[0] if scales else None, plain=False).turned
         return fp8.multiply(g, r, rows.dtype) if self.transposed else fp8.multiply(r, g, rows.dtype)

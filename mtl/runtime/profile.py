@@ -202,20 +202,27 @@ def recording(device: torch.device) -> Generator[Any]:
         yield found
 
 
+def profiled_steps(first: int, last: int, steps: int) -> tuple[int, int]:
+    """Choose between which steps a run from ``first`` to ``last`` is profiled: past the first three, where it can."""
+    steps = min(steps, last - first)
+    begin = max(first, min(first + 3, last - steps))
+    return begin, begin + steps
+
+
 def profiling(profiler: Profiler, first: int, last: int, steps: int, say: Callable[[str], None]) -> Hook:
     """Make the hook that records ``steps`` of the steps after ``first`` up to ``last``, past the first three (they compile) where it can.
 
     It must be made just before step ``first + 1``.
     """
-    steps = min(steps, last - first)
-    begin = max(first, min(first + 3, last - steps))
+    begin, end = profiled_steps(first, last, steps)
+    steps = end - begin
     if begin == first and steps:
         profiler.start()
 
     def hook(i: int, state: Any, record: dict[str, Any]) -> None:
         if i == begin and steps:
             profiler.start()
-        elif i == begin + steps and steps:
+        elif i == end and steps:
             profiler.stop(steps)
             text = (profiler.folder / "summary.txt").read_text()
             say(f"profile of steps {begin + 1} to {i}, in {profiler.folder} (trace.json, summary.txt):\n{text}")

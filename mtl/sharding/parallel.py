@@ -24,7 +24,8 @@ class Parallel:
     With ``late`` what backward gathers or computes again is made to wait for the gradient: a compiler that cuts forward from backward
     would else do it ahead, and keep it. With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers
     must be on one host; with ``piecewise`` they also serve tensor-parallel products, which are taken in pieces beside what they move. With
-    ``fp8`` the layers' projections are multiplied in 8 bits, with one scale a side or one a row.
+    ``fp8`` the layers' projections are multiplied in 8 bits, with one scale a side or one a row; else with
+    ``quack``, which is how many multiprocessors a GPU has, quack multiplies large ones.
     """
 
     mesh: Mesh
@@ -37,6 +38,7 @@ class Parallel:
     engine: bool = False
     piecewise: bool = False
     fp8: Literal["tensor", "rows"] | None = None
+    quack: int = 0
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)
 
     def layout(self, letters: str, table: str = "act") -> Layout:

@@ -2,7 +2,11 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from mtl.errors import UserError
 from mtl.train.step import Step
@@ -15,19 +19,89 @@ class TrainingStopped(UserError):
     """A run that cannot go on: its loss or gradient is not finite."""
 
 
-def fit(state: Any, step: Step, batch_at: Callable[[int], Any], steps: range, hooks: Sequence[Hook]) -> Any:
-    """Run steps; ``batch_at(i)`` gives the batch of step i. Batches are made while the device works."""
-    batch: Any = batch_at(steps.start) if len(steps) else None
-    for i in steps:
-        start = time.perf_counter()
-        state, metrics = step(state, batch)
-        batch = batch_at(i + 1) if i + 1 in steps else None
-        record: dict[str, Any] = {"step": i + 1, **{name: value.tolist() for name, value in metrics.items()}}
-        record["step_time"] = time.perf_counter() - start
+class Behind:
+    """Lets a step be told of while the device computes the gradient of the next, so that it does not wait for the host between two steps.
+
+    A step whose `StepOptions.before_update` is this one's tells there of the step before: until then the state is as that one left it, so
+    hooks see, save and stop the same as without. ``may_wait(i)`` says whether that is wanted after step i: not where a hook keeps the
+    device busy, or where the next step compiles. Then comes ``before_update``, whose own purpose stays.
+    """
+
+    def __init__(self, may_wait: Callable[[int], bool] = lambda i: False, before_update: Callable[[], None] = lambda: None) -> None:
+        """Wait with nothing, unless ``may_wait`` says so."""
+        self._may_wait, self._before_update = may_wait, before_update
+        self._tell: Callable[[], None] | None = None
+
+    def leave(self, i: int, tell: Callable[[], None]) -> None:
+        """Take what is to be told of step i: at once, or when the next gradient is under way."""
+        self._tell = tell
+        if not self._may_wait(i):
+            self.settle()
+
+    def settle(self) -> None:
+        """Tell what waits to be told."""
+        tell, self._tell = self._tell, None
+        if tell is not None:
+            tell()
+
+    def before_update(self) -> None:
+        """Tell what waits, and let the update go on."""
+        self.settle()
+        self._before_update()
+
+    def waits(self) -> bool:
+        """Say whether something waits to be told."""
+        return self._tell is not None
+
+
+def fit(
+    state: Any, step: Step, batch_at: Callable[[int], Any], steps: range, hooks: Sequence[Hook], behind: Behind | None = None
+) -> Any:  # fmt: skip
+    """Run steps; ``batch_at(i)`` gives the batch of step i. Batches are made while the device works, and with ``behind`` hooks run then."""
+    behind = behind or Behind()
+    end = Moment(None)  # of the step before, or of what its hooks did
+
+    def tell(i: int, state: Any, begun: Moment, metrics: dict[str, Tensor], ended: Moment) -> None:
+        ended.wait()
+        record: dict[str, Any] = {"step": i, **{name: value.tolist() for name, value in metrics.items()}}
+        record["step_time"] = begun.until(ended)
         check_finite(record)
         for hook in hooks:
-            hook(i + 1, state, record)
+            hook(i, state, record)
+
+    batch: Any = batch_at(steps.start) if len(steps) else None
+    for i in steps:
+        begun = end if behind.waits() else Moment(end.device)
+        state, metrics = step(state, batch)
+        # On their way already, so that to read them is not to wait for what the device is told to do next.
+        held = {name: value.to("cpu", non_blocking=True) if value.is_cuda else value for name, value in metrics.items()}
+        batch = batch_at(i + 1) if i + 1 in steps else None
+        end = Moment(metrics["loss"].device)  # a step that has to wait for its successor's batch has taken so long
+        behind.leave(i + 1, partial(tell, i + 1, state, begun, held, end))
+    behind.settle()
     return state
+
+
+class Moment:
+    """The moment at which a CUDA device has done what it was told so far; on others the host's now."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        """Mark it."""
+        self.device, self._event = device, torch.cuda.Event(enable_timing=True) if device is not None and device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(device))
+        self._clock = time.perf_counter()
+
+    def wait(self) -> None:
+        """Wait until it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def until(self, end: "Moment") -> float:
+        """Give the seconds to another that has just come, or on a CUDA device had come before."""
+        if self._event is not None and end._event is not None:
+            return self._event.elapsed_time(end._event) / 1e3
+        return time.perf_counter() - self._clock
 
 
 def check_finite(record: dict[str, Any]) -> None:

@@ -1,0 +1,124 @@
+"""Products by quack's kernels: which ones, with a stand-in for the package; the package itself on a GPU that has it."""
+
+import dataclasses
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtl import tree
+from mtl.errors import UserError
+from mtl.kernels import products
+from mtl.models import decoder
+from mtl.optim.optimizers import adamw
+from mtl.optim.schedules import schedule
+from mtl.params import decayed
+from mtl.precision import PRECISIONS
+from mtl.sharding.shard_map import to_local
+from mtl.train.state import init_state
+from mtl.train.step import StepOptions, make_step
+from tests.cases.products import Config, Package, standing_in
+from tests.cases.train import batch
+from tests.compare import close
+from tests.ranks import Ranks
+from tests.small import MODELS
+from tests.test_documents import draw
+
+
+@pytest.fixture
+def package() -> Generator[Package]:
+    with standing_in() as found:
+        yield found
+
+
+def steps(one: Any, model: str, units: int, compile: str) -> dict[str, Tensor]:
+    """Take two steps of a small model in float64 on one device: losses and parameters."""
+    cfg, policy = MODELS[model], PRECISIONS["fp64"]
+    par = one(**decoder.sizes(cfg), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), 8), batch=2)
+    par = dataclasses.replace(par, quack=units)
+    optimizer = adamw(decayed(decoder.specs(cfg)))
+    state = init_state(decoder.specs(cfg), par.rules, par.mesh, 0, policy, optimizer)
+    step = make_step(decoder, cfg, par, optimizer, schedule("constant", 1e-2, 9), StepOptions(policy, compile=compile, backend="aot_eager"))
+    found = {f"loss.{i}": step(state, batch(par, cfg, i, 2, False, size=4))[1]["loss"] for i in range(2)}
+    return found | {path: to_local(x).clone() for path, x in tree.paths(state.params)}
+
+
+@pytest.mark.parametrize(("model", "layer"), [("llama", 7), ("gpt", 6)])
+def test_a_step_multiplies_by_quack_and_gets_the_same(one: Any, package: Package, model: str, layer: int) -> None:
+    want = steps(one, model, 0, "none")
+    assert not package.calls
+    for compile in ("none", "step"):
+        package.calls.clear()
+        close(steps(one, model, 132, compile), want)
+        calls = (MODELS[model].layers * layer + 1) * 3 * 4  # and the head; forward and its two gradients; micro-batches of all steps
+        assert len(package.calls) == calls, compile
+
+
+@pytest.mark.parametrize("how", ["none", "step"])
+def test_products_under_fsdp_are_one_devices(ranks: Ranks, references: Path, how: str) -> None:
+    path = str(references / "llama-1.safetensors")
+    if not Path(path).exists():
+        ranks.run("tests.cases.train:reference", 1, model="llama", micros=1, path=path)
+    case = {"table": "fsdp", "world": 2, "model": "llama", "remat": "none", "how": how, "micros": 1}
+    found = ranks.run("tests.cases.products:parity", 2, **case, path=path)
+    assert found["error"] < 1e-9 and found["moved"] > 1e-3, found
+    assert found["products"] == (MODELS["llama"].layers * 4 + 1) * 3 * 3, "query, key and value are one product, gate and up are one"
+
+
+def test_only_large_products_that_fill_the_device_are_quacks() -> None:
+    units = 132
+    assert (
+        products.wins(16384, 28672, 4096, units) and products.wins(4096, 28672, 16384, units) and products.wins(16384, 4096, 14336, units)
+    )
+    assert not products.wins(4096, 4096, 16384, units), "2.7 rounds over the device are three"
+    assert not products.wins(14336, 4096, 16384, units)
+    assert not products.wins(1024, 4096, 4096, units) and not products.wins(16384, 1, 1 << 30, units)
+    whole = torch.empty(64, 128, dtype=torch.bfloat16)
+    assert products.lies(whole) and products.lies(whole.t()) and products.lies(whole[:, 8:64])
+    assert not products.lies(whole[:, 1:65]) and not products.lies(whole[:, ::2]) and not products.lies(torch.empty(64, 12))
+
+
+def test_a_product_names_its_kernel(package: Package) -> None:
+    a, b = draw(1, 16, 8), draw(2, 8, 32)
+    close(products.multiply(132, a, b), a @ b)
+    close(products.multiply(132, b.t(), a.t()), b.t() @ a.t())
+    kernel = package.calls[0]
+    assert package.calls == [kernel] * 2 and (kernel.tile_m, kernel.tile_n) == products.TILE and kernel.device_capacity == 9
+
+
+def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert products.choose("auto", cpu, torch.bfloat16) == products.choose("torch", cpu, torch.bfloat16) == 0
+    with pytest.raises(UserError, match=r"--products quack needs an NVIDIA GPU of compute capability 9 .*device is cpu"):
+        products.choose("quack", cpu, torch.bfloat16)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(UserError, match="multiplies bfloat16 and float16, not float32"):
+        products.choose("quack", gpu, torch.float32)
+    monkeypatch.setattr(products.importlib.metadata, "version", lambda name: "0.0")
+    products.problem.cache_clear()
+    for package, why in (((lambda A, B: None, Config), "has no out, config"), ((lambda: None, dict[str, int]), "has no A, B")):
+        monkeypatch.setattr(products, "_package", lambda package=package: package)
+        assert why in str(products.refuses(gpu, torch.bfloat16))
+        assert products.choose("auto", gpu, torch.bfloat16) == 0
+        products.problem.cache_clear()
+
+
+@pytest.mark.skipif(
+    products.refuses(torch.device("cuda"), torch.bfloat16) is not None if torch.cuda.is_available() else True, reason="quack"
+)
+@pytest.mark.parametrize("shape", [(2048, 6144, 8192), (8192, 2048, 2056), (4096, 12288, 4096)])
+def test_on_a_gpu_products_are_those_of_float32(shape: tuple[int, int, int]) -> None:
+    rows, columns, inner = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, w, g = (
+        torch.randn(size, generator=generator, device="cuda").to(torch.bfloat16)
+        for size in ((rows, inner), (inner, columns), (rows, columns))
+    )
+    for a, b in ((x, w), (g, w.t()), (x.t(), g)):
+        want, got, usual = a.float() @ b.float(), products.launch(a, b), a @ b
+        assert (got.float() - want).norm() <= 1.01 * (usual.float() - want).norm()
+        assert torch.equal(got, products.launch(a, b))
