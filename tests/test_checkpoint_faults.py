@@ -150,6 +150,10 @@ def test_other_versions_and_other_folders_are_refused(good: Path, tmp_path: Path
     with pytest.raises(checkpoint.CheckpointError, match=r"It holds the checkpoints 3: name one"):
         (good / "state/_mtl.json").write_bytes(seal(manifest))
         checkpoint.inspect(tmp_path)
+    (tmp_path / "manager/7/default").mkdir(parents=True)
+    (tmp_path / "manager/7/default/_METADATA").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match=r"It holds the checkpoints 7: name one"):  # as Orbax's manager names an item
+        checkpoint.inspect(tmp_path / "manager")
     with pytest.raises(checkpoint.CheckpointError, match="there is no such folder"):
         checkpoint.inspect(tmp_path / "none")
 

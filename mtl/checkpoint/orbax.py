@@ -56,7 +56,7 @@ def item_folder(path: Path) -> Path:
     places = [path, path / ITEM, *sorted(p for p in path.iterdir() if p.is_dir() and p.name != ITEM)]
     found = [p for p in places if (p / "_METADATA").is_file()]
     if not found:
-        near = sorted(p.name for p in path.iterdir() if p.is_dir() and (p / ITEM / "_METADATA").is_file())
+        near = sorted({p.parent.parent.name for p in path.glob("*/*/_METADATA") if p.is_file()})
         if (path / ITEM).is_dir():
             raise Damaged(f"{path / ITEM / '_METADATA'} is missing. Restore another checkpoint.")
         hint = f" It holds the checkpoints {', '.join(near)}: name one of them." if near else ""

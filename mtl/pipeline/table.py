@@ -122,10 +122,10 @@ def parse_action(text: str, where: str) -> Action:
 
 
 def parse(text: str, name: str) -> Table:
-    """Read a table: one line a device, actions apart by spaces; what follows # and empty lines count for nothing. It is checked."""
+    """Read a table: one line a device, actions apart by spaces or commas; what follows # and empty lines do not count. It is checked."""
     rows: list[tuple[Action, ...]] = []
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.partition("#")[0].split()
+        words = line.partition("#")[0].replace(",", " ").split()
         if words:
             rows.append(tuple(parse_action(word, f"schedule {name!r}, line {number}") for word in words))
     table = Table(name, tuple(rows))
