@@ -1,6 +1,7 @@
 """Faults and pitfalls: flipped bytes, truncated files, full disks, writers that fail or die, two writers, and what is kept and removed."""
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -176,6 +177,42 @@ def test_every_file_and_folder_is_flushed_before_the_commit(tmp_path: Path, monk
     flushed.clear()
     checkpoint.save(tmp_path / "4", STATE)
     assert flushed == [str(tmp_path)] and not find_damage(tmp_path / "4").problems, "in memory there is nothing to flush"
+
+
+def test_files_leave_for_the_disk_before_the_first_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, Path]] = []
+    write_out, flush = files.write_out, files.flush
+    monkeypatch.setattr(files, "write_out", lambda path: (write_out(path), done.append(("out", path))))
+    monkeypatch.setattr(files, "flush", lambda path: (done.append(("flush", path)), flush(path)))
+    monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(geometry, "FILE_BYTES", 1 << 16)
+    checkpoint.save(tmp_path / "3", STATE)
+    out = {path for what, path in done if what == "out"}
+    assert {path.relative_to(f"{tmp_path}/3{UNFINISHED}") for path in out} == {
+        path.relative_to(tmp_path / "3") for path in (tmp_path / "3").glob("state/*/c/**/*") if path.is_file()
+    } | {Path("state/step/c")}
+    last = max(i for i, (what, _) in enumerate(done) if what == "out")
+    early, late = ({path for what, path in some if what == "flush"} for some in (done[:last], done[last:]))
+    assert len(out) > 30 and not out & early and out < late, "each flush waits for the disk: all files share few"
+
+
+@pytest.mark.parametrize("code", [0, errno.EIO, errno.ENOSYS])
+def test_what_cannot_leave_for_the_disk_is_flushed_or_ends_the_save(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    (tmp_path / "file").write_bytes(b"values")
+    if code:
+        monkeypatch.setattr(files, "_sync_file_range", lambda handle: code)  # a disk that fails; a system without it
+    if code == errno.EIO:
+        monkeypatch.setattr(files, "MEMORY", ())
+        with pytest.raises(OSError, match=r"Input/output error: '.*/file'"):
+            files.write_out(tmp_path / "file")
+        with pytest.raises(checkpoint.CheckpointError, match=r"Input/output error: '.*/state/.*/c"):
+            checkpoint.save(tmp_path / "3", STATE)
+        assert [p.name for p in tmp_path.iterdir()] == ["file"], "nothing is kept"
+    else:
+        files.write_out(tmp_path / "file")
+        assert len(flushed) == (code == errno.ENOSYS)
 
 
 def test_the_file_system_of_a_path_is_the_one_mounted_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """Files beside the arrays: JSON flushed to the disk, checksums, the commit as one rename, and a lock against a second writer."""
 
 import contextlib
+import ctypes
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -23,6 +26,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 """A folder with this ending is being written, or was left behind; Orbax and mtl never list it."""
 FLUSHES = 16
 """How many files are flushed to the disk at a time."""
+WRITE_AND_WAIT = 7
+"""To sync_file_range(2): write what changed, and wait for that and for what was being written before."""
 LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs")
 """File systems of this machine alone, whose files may be read through memory maps: a server that goes away would kill the reader."""
 
@@ -59,12 +64,49 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def write_out(path: Path) -> None:
+    """Bring a file's values to the disk; its place there, and the disk's own memory, are left to `flush`.
+
+    Many files are flushed much sooner after this: each flush waits for the disk to have emptied its memory, and many files share that wait.
+    Where the system cannot do it (Linux alone can, and some file systems not) the file is flushed.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        code = _sync_file_range(handle)
+        if code in (errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP):
+            os.fsync(handle)
+        elif code:
+            raise OSError(code, os.strerror(code), str(path))
+    finally:
+        os.close(handle)
+
+
+def _sync_file_range(handle: int) -> int:
+    """Call Linux's sync_file_range(2), which Python does not have, on a whole file; gives the error's number, or 0."""
+    call = _found_in_libc("sync_file_range")
+    if call is None:
+        return errno.ENOSYS
+    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return ctypes.get_errno() if call(handle, 0, 0, WRITE_AND_WAIT) else 0
+
+
+@functools.cache
+def _found_in_libc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
+
+
 def flush_all(paths: Iterable[Path]) -> None:
     """Flush many files and folders, many at a time: a file system takes them together, where one after the other each would wait for it."""
     todo = list(paths)
     with ThreadPoolExecutor(FLUSHES, thread_name_prefix="flush") as pool:
         for done in [pool.submit(lambda some: [flush(path) for path in some], todo[i::FLUSHES]) for i in range(FLUSHES)]:
             done.result()
+
+
+def with_folders(paths: Iterable[Path], top: Path) -> list[Path]:
+    """Add to files below ``top`` the folders between: a file is on the disk once the folder's entry of it is too."""
+    files = list(paths)
+    return [*files, *{folder for path in files for folder in path.parents if folder != top and folder.is_relative_to(top)}]
 
 
 def stamp(data: bytes) -> dict[str, Any]:
@@ -133,10 +175,8 @@ def unfinished(path: Path) -> Path:
 
 
 def publish(path: Path) -> None:
-    """Make a checkpoint whose files are on the disk visible in one step, on the disk too."""
+    """Make a checkpoint whose files and folders are on the disk visible in one step, on the disk too."""
     partial = unfinished(path)
-    if not in_memory(partial):
-        flush_all(Path(folder) for folder, _, _ in os.walk(partial))
     if path.exists():
         raise CheckpointError(
             f"{path} came into being while this checkpoint was written: two programs save there. Nothing was overwritten."

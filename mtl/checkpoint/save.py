@@ -38,7 +38,7 @@ IN_FLIGHT = 3 * geometry.FILE_BYTES
 LEAST_IN_FLIGHT = 8 * geometry.FILE_BYTES
 """The same where there are few threads: who waits for the oldest file must find others under way."""
 UNFLUSHED = 64
-"""How many files a process may have written and not flushed."""
+"""How many files a process may have written whose values are not on the disk yet."""
 STREAMED = 128 << 20
 """The same, over all threads, where values come box by box because they do not fit in memory."""
 
@@ -270,13 +270,14 @@ def _begin(path: Path) -> Callable[[], None]:
 def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, Future[Any]], ctx: Any, in_flight: int) -> None:
     """Write some pieces, all on the disk on return. Arrays that are not ``created`` here are opened.
 
-    Each file is flushed as soon as it is written, by threads beside: a disk is fastest with much to do, and what is computed for a file
-    (checksums, tiles) does not wait for another file's flush. In memory there is nothing to flush.
+    Threads beside bring each file's values to the disk as soon as it is written: a disk is fastest with much to do, and what is computed
+    for a file (checksums, tiles) does not wait for another file. All are flushed together at the end. In memory there is nothing to flush.
     """
     opened: dict[str, Any] = {}
     on_disk = not files.in_memory(folder)
     flying: deque[tuple[Any, int]] = deque()
-    flushing: deque[Future[None]] = deque()
+    leaving: deque[Future[None]] = deque()
+    written: list[Path] = []
     bytes_flying = 0
     with ThreadPoolExecutor(files.FLUSHES, thread_name_prefix="flush") as pool:
         try:
@@ -294,19 +295,22 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, F
                     done, size = flying.popleft()
                     _written(done)
                     bytes_flying -= size
-                while len(flushing) > UNFLUSHED:
-                    flushing.popleft().result()
+                while len(leaving) > UNFLUSHED:
+                    leaving.popleft().result()
                 flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
                 bytes_flying += x.nbytes
                 if on_disk:
-                    flushing.append(pool.submit(_flush, flying[-1][0], folder / leaf.file_at(offset)))
+                    written.append(folder / leaf.file_at(offset))
+                    leaving.append(pool.submit(_write_out, flying[-1][0], written[-1]))
         finally:
             for done, _ in flying:
                 done.exception()  # whatever failed: nothing is written into a folder that is removed
         for done, _ in flying:
             _written(done)
-        for flushed in flushing:
-            flushed.result()
+        for left in leaving:
+            left.result()
+    if on_disk:
+        files.flush_all(files.with_folders(written, folder))
 
 
 def _written(future: Any) -> Any:
@@ -316,17 +320,19 @@ def _written(future: Any) -> Any:
         raise CheckpointError(f"{arrays.reason(error)}. Nothing of this checkpoint was kept.") from None
 
 
-def _flush(write: Any, path: Path) -> None:
+def _write_out(write: Any, path: Path) -> None:
     _written(write)
-    files.flush(path)
+    files.write_out(path)
 
 
 def _listed(
     folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Future[Any]]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Spell the files beside the arrays once these are made, and list all contents."""
+    """Flush the arrays' zarr.json once they are made, spell the files beside the arrays, and list all contents."""
     for array in created.values():
         _written(array.result())
+    if not files.in_memory(folder):
+        files.flush_all(files.with_folders((folder / leaf.name / "zarr.json" for leaf in plan.leaves), folder))
     found = {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
     found["_METADATA"] = orbax.tree_metadata([leaf.keys for leaf in plan.leaves], plan.empty)
     shapes = {f"{leaf.name}/zarr.json": (folder / leaf.name / "zarr.json").read_bytes() for leaf in plan.leaves}
@@ -352,10 +358,9 @@ def _commit(path: Path, plan: Plan, beside: dict[str, bytes], manifest: dict[str
     }
     listed = manifest["files"] | {name: files.stamp(data) for name, data in around.items()}
     small = beside | around | {MANIFEST: files.seal(manifest | {"files": listed})}
-    written = [folder / leaf.name / "zarr.json" for leaf in plan.leaves]
-    written += [files.write_file(folder / name, data) for name, data in small.items()]
+    written = [files.write_file((folder / name).resolve(), data) for name, data in small.items()]
     if not files.in_memory(folder):
-        files.flush_all(written)
+        files.flush_all([partial.resolve(), *files.with_folders(written, partial.resolve())])
     files.publish(path)
 
 
