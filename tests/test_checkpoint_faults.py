@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -160,23 +161,27 @@ def test_other_versions_and_other_folders_are_refused(good: Path, tmp_path: Path
 
 
 def test_every_file_and_folder_is_flushed_before_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed: list[str] = []
+    flushed: list[tuple[Path, set[str]]] = []
     real = os.fsync
 
     def fsync(handle: int) -> None:
-        flushed.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        flushed.append((path, {p.name for p in path.iterdir()} if path.is_dir() else set()))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(files, "MEMORY", ())
-    checkpoint.save(tmp_path / "3", STATE | {"many": {f"n{i}": values((3,)) for i in range(40)}}, extra={"_model/a.json": b"{}"})
+    checkpoint.save(tmp_path / "3", STATE | {"many": {f"n{i}": values((3,)) for i in range(80)}}, extra={"_model/x/a.json": b"{}"})
     place = tmp_path / f"3{UNFINISHED}"
-    want = {str(place / p.relative_to(tmp_path / "3")) for p in [tmp_path / "3", *(tmp_path / "3").rglob("*")]}
-    assert want == set(flushed[:-1]) and flushed[-1] == str(tmp_path), "the folder's new name comes last"
+    want = {place / p.relative_to(tmp_path / "3"): p for p in [tmp_path / "3", *(tmp_path / "3").rglob("*")]}
+    assert len(want) > files.FLUSHES and set(want) == {path for path, _ in flushed[:-1]}
+    assert flushed[-1][0] == tmp_path, "the folder's new name comes last"
+    for path, held in dict(flushed[:-1]).items():  # each folder's last flush
+        assert not want[path].is_dir() or held >= {p.name for p in want[path].iterdir()}, f"{path} was flushed before its last entry came"
     monkeypatch.setattr(files, "MEMORY", files.LOCAL)
     flushed.clear()
     checkpoint.save(tmp_path / "4", STATE)
-    assert flushed == [str(tmp_path)] and not find_damage(tmp_path / "4").problems, "in memory there is nothing to flush"
+    assert [path for path, _ in flushed] == [tmp_path] and not find_damage(tmp_path / "4").problems, "in memory there is nothing to flush"
 
 
 def test_files_leave_for_the_disk_before_the_first_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,23 +201,34 @@ def test_files_leave_for_the_disk_before_the_first_is_flushed(tmp_path: Path, mo
     assert len(out) > 30 and not out & early and out < late, "each flush waits for the disk: all files share few"
 
 
-@pytest.mark.parametrize("code", [0, errno.EIO, errno.ENOSYS])
-def test_what_cannot_leave_for_the_disk_is_flushed_or_ends_the_save(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_file_that_cannot_be_written_out_ends_the_save(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_sync_file_range", lambda handle: code)  # a disk that fails or is full
+    monkeypatch.setattr(files, "MEMORY", ())
+    with pytest.raises(checkpoint.CheckpointError, match=rf"{os.strerror(code)}: '.*/state/.*/c"):
+        checkpoint.save(tmp_path / "3", STATE)
+    assert not list(tmp_path.iterdir()), "nothing is kept"
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("flush")]
+
+
+@pytest.mark.parametrize("code", [0, None, errno.ENOSYS, errno.EINVAL, errno.ESPIPE, errno.EOPNOTSUPP])
+def test_files_are_flushed_where_they_cannot_be_written_out(code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[int] = []
     monkeypatch.setattr(os, "fsync", flushed.append)
     (tmp_path / "file").write_bytes(b"values")
-    if code:
-        monkeypatch.setattr(files, "_sync_file_range", lambda handle: code)  # a disk that fails; a system without it
-    if code == errno.EIO:
-        monkeypatch.setattr(files, "MEMORY", ())
-        with pytest.raises(OSError, match=r"Input/output error: '.*/file'"):
-            files.write_out(tmp_path / "file")
-        with pytest.raises(checkpoint.CheckpointError, match=r"Input/output error: '.*/state/.*/c"):
-            checkpoint.save(tmp_path / "3", STATE)
-        assert [p.name for p in tmp_path.iterdir()] == ["file"], "nothing is kept"
-    else:
-        files.write_out(tmp_path / "file")
-        assert len(flushed) == (code == errno.ENOSYS)
+    if code is None:
+        monkeypatch.setattr(files, "_from_libc", lambda: None)  # a system without it
+    elif code:
+        monkeypatch.setattr(files, "_sync_file_range", lambda handle: code)
+    files.write_out(tmp_path / "file")
+    assert len(flushed) == (code != 0)
+
+
+def test_the_system_says_which_files_it_cannot_write_out() -> None:
+    read, write = os.pipe()
+    assert files._sync_file_range(read) == errno.ESPIPE and files._sync_file_range(-1) == errno.EBADF
+    os.close(read)
+    os.close(write)
 
 
 def test_the_file_system_of_a_path_is_the_one_mounted_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ AROUND = "../"
 """How the list of contents names what lies beside the item's folder; whoever has that folder alone does not have it."""
 UNFINISHED = ".orbax-checkpoint-tmp"
 """A folder with this ending is being written, or was left behind; Orbax and mtl never list it."""
-FLUSHES = 16
-"""How many files are flushed to the disk at a time."""
+FLUSHES = 64
+"""How many files are flushed to the disk at a time: their threads only wait, and the disks of H200 hosts took 64 faster than 16."""
 WRITE_AND_WAIT = 7
 """To sync_file_range(2): write what changed, and wait for that and for what was being written before."""
 LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs")
@@ -65,10 +65,10 @@ def flush(path: Path) -> None:
 
 
 def write_out(path: Path) -> None:
-    """Bring a file's values to the disk; its place there, and the disk's own memory, are left to `flush`.
+    """Hand a file's values to the disk and wait until it has taken them; nothing is safe before `flush`.
 
-    Many files are flushed much sooner after this: each flush waits for the disk to have emptied its memory, and many files share that wait.
-    Where the system cannot do it (Linux alone can, and some file systems not) the file is flushed.
+    A flush also waits for the disk to empty its own memory. Files that were all written out before share few such waits.
+    Where the system cannot do it (Linux alone can, and not every file system) the file is flushed.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -83,30 +83,39 @@ def write_out(path: Path) -> None:
 
 def _sync_file_range(handle: int) -> int:
     """Call Linux's sync_file_range(2), which Python does not have, on a whole file; gives the error's number, or 0."""
-    call = _found_in_libc("sync_file_range")
+    call = _from_libc()
     if call is None:
         return errno.ENOSYS
-    call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     return ctypes.get_errno() if call(handle, 0, 0, WRITE_AND_WAIT) else 0
 
 
 @functools.cache
-def _found_in_libc(name: str) -> Any:
-    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
+def _from_libc() -> Any:
+    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    return call
 
 
 def flush_all(paths: Iterable[Path]) -> None:
     """Flush many files and folders, many at a time: a file system takes them together, where one after the other each would wait for it."""
     todo = list(paths)
+    n = min(FLUSHES, len(todo))
     with ThreadPoolExecutor(FLUSHES, thread_name_prefix="flush") as pool:
-        for done in [pool.submit(lambda some: [flush(path) for path in some], todo[i::FLUSHES]) for i in range(FLUSHES)]:
+        for done in [pool.submit(lambda some: [flush(path) for path in some], todo[i::n]) for i in range(n)]:
             done.result()
 
 
 def with_folders(paths: Iterable[Path], top: Path) -> list[Path]:
-    """Add to files below ``top`` the folders between: a file is on the disk once the folder's entry of it is too."""
-    files = list(paths)
-    return [*files, *{folder for path in files for folder in path.parents if folder != top and folder.is_relative_to(top)}]
+    """Add to files the folders that hold them, up to ``top``: a file is on the disk once the folders' entries are too."""
+    todo = list(paths)
+    folders: set[Path] = set()
+    for path in todo:
+        folder = path.parent
+        while folder != top.parent and folder not in folders:
+            folders.add(folder)
+            folder = folder.parent
+    return [*todo, *folders]
 
 
 def stamp(data: bytes) -> dict[str, Any]:

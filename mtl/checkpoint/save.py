@@ -270,8 +270,8 @@ def _begin(path: Path) -> Callable[[], None]:
 def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, Future[Any]], ctx: Any, in_flight: int) -> None:
     """Write some pieces, all on the disk on return. Arrays that are not ``created`` here are opened.
 
-    Threads beside bring each file's values to the disk as soon as it is written: a disk is fastest with much to do, and what is computed
-    for a file (checksums, tiles) does not wait for another file. All are flushed together at the end. In memory there is nothing to flush.
+    Threads beside write each file out as soon as it is there: a disk is fastest with much to do, and what is computed for a file
+    (checksums, tiles) does not wait for another file. All are flushed together at the end. In memory there is nothing to flush.
     """
     opened: dict[str, Any] = {}
     on_disk = not files.in_memory(folder)
@@ -360,7 +360,7 @@ def _commit(path: Path, plan: Plan, beside: dict[str, bytes], manifest: dict[str
     small = beside | around | {MANIFEST: files.seal(manifest | {"files": listed})}
     written = [files.write_file((folder / name).resolve(), data) for name, data in small.items()]
     if not files.in_memory(folder):
-        files.flush_all([partial.resolve(), *files.with_folders(written, partial.resolve())])
+        files.flush_all(files.with_folders(written, partial.resolve()))
     files.publish(path)
 
 
