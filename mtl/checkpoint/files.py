@@ -25,7 +25,7 @@ AROUND = "../"
 UNFINISHED = ".orbax-checkpoint-tmp"
 """A folder with this ending is being written, or was left behind; Orbax and mtl never list it."""
 FLUSHES = 64
-"""How many files are flushed to the disk at a time: their threads only wait, and the disks of H200 hosts took 64 faster than 16."""
+"""How many files are flushed to the disk at a time: their threads only wait, and an H200 host's disk was sooner done with 64 than 16."""
 WRITE_AND_WAIT = 7
 """To sync_file_range(2): write what changed, and wait for that and for what was being written before."""
 LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs")
