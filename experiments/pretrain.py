@@ -234,10 +234,10 @@ def run(
     whole = {"preset": preset, **dataclasses.asdict(setup), "resolved": choices, "decides": dict(work.decides), **provenance()}
     keeper = checkpoints.Keeper(setup.checkpoint, folder, at, whole, lambda i: {"samples": taken(i)}, caught)
     length = work_length(work, par, train.seq_len)
-    behind = Behind(lambda i: watching.may_wait(setup, at, shape, keeper.first, i) and length(i) == length(i - 1), keeper.before_update)
-    options = dataclasses.replace(make_step_options(setup, precision, at.device), before_update=behind.before_update)
-    timing = pipelining.Timing(train.steps)
-    rest = resting.Rest(setup.offload, specs, par.mesh, precision)
+    behind = Behind(lambda i: watching.may_wait(setup, at, shape, keeper.first, i) and length(i) == length(i - 1))
+    options = make_step_options(setup, precision, at.device)
+    options = dataclasses.replace(options, before_update=keeper.before_update, under_way=behind.settle)
+    timing, rest = pipelining.Timing(train.steps), resting.Rest(setup.offload, specs, par.mesh, precision)
     weights = rest.weights(par)
     step = by_length(par, lambda p: pipelining.make_steps(pipeline, model, p, optimizer, rate, options, timing, tuned, weights))
     keeper.extra = work.beside

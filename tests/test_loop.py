@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,17 +32,33 @@ STEPS = 5
 Told = list[tuple[int, dict[str, Any], list[Tensor]]]
 
 
-def trained(one: Any, may_wait: Callable[[int], bool], events: list[str], broken: int | None = None) -> tuple[Told, Any]:
-    """Train, and give what a hook saw of each step; ``events`` notes gradients, updates and hooks in their order."""
+class Noted:
+    """The decoder, which notes when a micro-batch begins; one of them fails."""
+
+    def __init__(self, events: list[str], fails: int) -> None:
+        self.events, self.fails = events, fails
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(decoder, name)
+
+    def embed(self, *args: Any) -> Any:
+        """Embed, as the decoder does."""
+        self.events.append("micro")
+        if self.events.count("micro") == self.fails:
+            raise MemoryError("no room for a gradient")
+        return decoder.embed(*args)
+
+
+def trained(
+    one: Any, may_wait: Callable[[int], bool], events: list[str], broken: int | None = None, micros: int = 1, fails: int = 0
+) -> tuple[Told, Any]:
+    """Train, and give what a hook saw of each step; ``events`` notes micro-batches, updates and hooks in their order."""
     cfg, policy = MODELS["llama"], PRECISIONS["fp64"]
     par = one(**decoder.sizes(cfg), **dict.fromkeys(("seq", "residual_seq", "query_seq", "key_seq"), 8), batch=2)
-    optimizer, behind = adamw(decayed(decoder.specs(cfg))), Behind(may_wait, lambda: events.append("update"))
+    optimizer, behind = adamw(decayed(decoder.specs(cfg))), Behind(may_wait)
 
-    def before_update() -> None:
-        events.append("gradient")
-        behind.before_update()
-
-    step = make_step(decoder, cfg, par, optimizer, schedule("constant", 1e-2, 9), StepOptions(policy, before_update=before_update))
+    options = StepOptions(policy, before_update=lambda: events.append("update"), under_way=behind.settle)
+    step = make_step(cast(Any, Noted(events, fails)), cfg, par, optimizer, schedule("constant", 1e-2, 9), options)
     state = init_state(decoder.specs(cfg), par.rules, par.mesh, 0, policy, optimizer)
     told: Told = []
 
@@ -52,14 +68,14 @@ def trained(one: Any, may_wait: Callable[[int], bool], events: list[str], broken
         told.append((i, record, [to_local(x).clone() for x in tree.leaves(state)]))
 
     def batch_at(i: int) -> Any:
-        data = batch(par, cfg, i, 1, False, size=2)
+        data = batch(par, cfg, i, 2, False, size=2 * micros)
         if i == broken:
             data["weights"][0, 0, 3] = float("nan")
         return data
 
     try:
         fit(state, step, batch_at, range(STEPS), [hook], behind)
-    except TrainingStopped as stopped:
+    except (TrainingStopped, MemoryError) as stopped:
         return told, (stopped, [to_local(x).clone() for x in tree.leaves(state)])
     return told, None
 
@@ -67,12 +83,31 @@ def trained(one: Any, may_wait: Callable[[int], bool], events: list[str], broken
 def test_hooks_see_each_step_as_it_was(one: Any) -> None:
     events: list[str] = []
     want, _ = trained(one, lambda i: False, events)
-    assert events[:4] == ["gradient", "update", "told 1", "gradient"]
+    assert events[:4] == ["micro", "update", "told 1", "micro"]
     events.clear()
     got, _ = trained(one, lambda i: i != 3, events)
     assert same([x[2] for x in got], [x[2] for x in want]) and [x[:2] for x in got] == [x[:2] for x in want]
-    one_two = ["gradient", "update", "gradient", "told 1", "update", "gradient", "told 2", "update", "told 3"]
-    assert events == [*one_two, "gradient", "update", "gradient", "told 4", "update", "told 5"]
+    one_two = ["micro", "update", "micro", "told 1", "update", "micro", "told 2", "update", "told 3"]
+    assert events == [*one_two, "micro", "update", "micro", "told 4", "update", "told 5"]
+
+
+def test_a_step_is_told_of_when_the_first_micro_batch_of_the_next_is_under_way(one: Any) -> None:
+    """Not the last: a device is told few kernels ahead, so that one would be told of a whole step late, and a signal heard so."""
+    events: list[str] = []
+    want, _ = trained(one, lambda i: False, events, micros=3)
+    events.clear()
+    got, _ = trained(one, lambda i: i != 2, events, micros=3)
+    assert same([x[2] for x in got], [x[2] for x in want]) and [x[:2] for x in got] == [x[:2] for x in want]
+    rest = ["micro", "micro", "update"]
+    begin = ["micro", *rest, "micro", "told 1", *rest, "told 2"]
+    assert events == [*begin, "micro", *rest, "micro", "told 3", *rest, "micro", "told 4", *rest, "told 5"]
+
+
+def test_a_step_is_told_of_although_the_next_one_s_gradient_fails(one: Any) -> None:
+    events: list[str] = []
+    told, (stopped, state) = trained(one, lambda i: True, events, fails=4)
+    assert isinstance(stopped, MemoryError) and events.count("update") == 3
+    assert [x[0] for x in told] == [1, 2, 3] and same(state, told[-1][2])
 
 
 def test_a_step_that_fails_stops_the_run_before_the_next_update(one: Any) -> None:
@@ -80,7 +115,7 @@ def test_a_step_that_fails_stops_the_run_before_the_next_update(one: Any) -> Non
     told, (stopped, state) = trained(one, lambda i: True, events, broken=2)
     assert "step 3: the loss of micro-batch 0 is nan. The state after step 2 is untouched" in str(stopped)
     assert [x[0] for x in told] == [1, 2] and same(state, told[-1][2])
-    assert events.count("update") == 3, "the gradient of step 4 was taken, and is not used"
+    assert (events.count("micro"), events.count("update")) == (4, 3), "the gradient of step 4 was taken, and is not used"
 
 
 def test_each_step_has_its_own_time() -> None:
@@ -108,7 +143,7 @@ def test_a_device_s_steps_are_timed_by_its_own_clock() -> None:
     def step(state: Any, batch: Any) -> Any:
         torch.cuda._sleep(200_000_000)  # pyright: ignore[reportPrivateUsage] - some 0.1 s
         told.append(len(times))
-        behind.before_update()
+        behind.settle()
         return state, {"loss": x.sum(), "good": x[0] > 0, "losses": x * 2}
 
     fit(None, step, lambda i: None, range(5), [lambda i, state, record: times.append(record["step_time"])], behind)

@@ -122,7 +122,7 @@ def main() -> None:
     at = process.place()
     process.prepare_environment(tf32=bench.precision == "tf32")
     behind = Behind(lambda i: at.device.type == "cuda" and i > 1)
-    with prepared(bench, at, behind.before_update) as (setup, chosen, run):
+    with prepared(bench, at, behind.settle) as (setup, chosen, run):
         times: list[float] = []
         losses: list[float] = []
 
@@ -143,7 +143,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def prepared(
-    bench: Bench, at: process.Place, before_update: Callable[[], None] = lambda: None
+    bench: Bench, at: process.Place, under_way: Callable[[], None] = lambda: None
 ) -> Generator[tuple[Experiment, str, Callable[[int], Any]]]:
     """Make ready what is timed: gives the settings, what was chosen in words, and ``run(i)``, which takes step i and gives its metrics."""
     if bench.preset not in PRESETS:
@@ -172,7 +172,7 @@ def prepared(
         optimizer = adamw(params.decayed(specs), impl=bench.optimizer)
         rate = schedule("constant", bench.lr, 1000, bench.lr_warmup)
         options = pretrain.make_step_options(setup, precision, at.device)
-        options = dataclasses.replace(options, overlap=bench.overlap, before_update=before_update)
+        options = dataclasses.replace(options, overlap=bench.overlap, under_way=under_way)
         step = make_step(decoder, model, par, optimizer, rate, options)
         state = resting.Rest(bench.offload, specs, par.mesh, precision).fresh(partial(init_state, seed=bench.seed), rules, optimizer)
         samples = (

@@ -90,8 +90,13 @@ def gather_weights(par: Parallel, letters: tree.Tree, params: tree.Tree, dtype: 
     return tree.map(lambda axes, p: gather_step(par, axes, p, dtype), letters, params)
 
 
-def accumulate(gradient: Gradient, params: tree.Tree, batch: Batch, scale: Tensor, reduce: torch.dtype) -> tuple[tree.Tree, Tensor]:
-    """Sum the gradients of the micro-batches (first axis of the batch's per-sample arrays); give the shares [A, 2] of each too."""
+def accumulate(
+    gradient: Gradient, params: tree.Tree, batch: Batch, scale: Tensor, reduce: torch.dtype, under_way: Callable[[], None] = lambda: None
+) -> tuple[tree.Tree, Tensor]:
+    """Sum the gradients of the micro-batches (first axis of the batch's per-sample arrays); give the shares [A, 2] of each too.
+
+    ``under_way`` is called when the device has been given the first micro-batch.
+    """
     shared = {"slots", "key", "frozen", "scales"}
     shares: list[Tensor] = []
     total: Any = None
@@ -99,6 +104,7 @@ def accumulate(gradient: Gradient, params: tree.Tree, batch: Batch, scale: Tenso
         grads, share = gradient(params, {k: v if k in shared else v[i] for k, v in batch.items()}, scale)
         shares.append(share)
         if total is None:
+            under_way()
             total = tree.map(lambda g: g.to(torch.promote_types(g.dtype, reduce)), grads) if batch["tokens"].shape[0] > 1 else grads
         else:
             _add(total, grads)

@@ -22,18 +22,19 @@ class TrainingStopped(UserError):
 class Behind:
     """Lets a step be told of while the device computes the gradient of the next, so that it does not wait for the host between two steps.
 
-    A step whose `StepOptions.before_update` is this one's tells there of the step before: until then the state is as that one left it, so
+    A step whose `StepOptions.under_way` is `settle` tells there of the step before: until its update the state is as that one left it, so
     hooks see, save and stop the same as without. ``may_wait(i)`` says whether that is wanted after step i: not where a hook keeps the
-    device busy, or where the next step compiles. Then comes ``before_update``, whose own purpose stays.
+    device busy, or where the next step compiles.
     """
 
-    def __init__(self, may_wait: Callable[[int], bool] = lambda i: False, before_update: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, may_wait: Callable[[int], bool] = lambda i: False) -> None:
         """Wait with nothing, unless ``may_wait`` says so."""
-        self._may_wait, self._before_update = may_wait, before_update
+        self._may_wait = may_wait
         self._tell: Callable[[], None] | None = None
 
     def leave(self, i: int, tell: Callable[[], None]) -> None:
         """Take what is to be told of step i: at once, or when the next gradient is under way."""
+        self.settle()  # for a step that does not
         self._tell = tell
         if not self._may_wait(i):
             self.settle()
@@ -43,11 +44,6 @@ class Behind:
         tell, self._tell = self._tell, None
         if tell is not None:
             tell()
-
-    def before_update(self) -> None:
-        """Tell what waits, and let the update go on."""
-        self.settle()
-        self._before_update()
 
     def waits(self) -> bool:
         """Say whether something waits to be told."""
@@ -72,7 +68,11 @@ def fit(
     batch: Any = batch_at(steps.start) if len(steps) else None
     for i in steps:
         begun = end if behind.waits() else Moment(end.device)
-        state, metrics = step(state, batch)
+        try:
+            state, metrics = step(state, batch)
+        except Exception:
+            behind.settle()  # the step before was a good one, or says itself that it was not
+            raise
         # On their way already, so that to read them is not to wait for what the device is told to do next.
         held = {name: value.to("cpu", non_blocking=True) if value.is_cuda else value for name, value in metrics.items()}
         batch = batch_at(i + 1) if i + 1 in steps else None

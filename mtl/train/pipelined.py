@@ -206,6 +206,7 @@ class PipelinedStep:
             held: Any = batch.get("frozen")
             rest = {name: x for name, x in batch.items() if name != "frozen"}
             grads, shares = self.gradient(local.params, {**rest, "key": key}, scale, held)
+            self.options.under_way()
             self.options.before_update()
             metrics = self.update(local, grads, shares, scale * count, count)
         return state, metrics

@@ -31,7 +31,7 @@ class StepOptions:
 
     ``offload`` (none, activations, optimizer or both) says what is kept in host memory.
 
-    ``before_update`` is called once a step, before the state is written to.
+    ``under_way`` is called once a step, when the gradient of the first micro-batch is; ``before_update`` before the state is written to.
     """
 
     precision: Precision
@@ -43,6 +43,7 @@ class StepOptions:
     overlap: bool = True
     offload: str = "none"
     before_update: Callable[[], None] = field(default=lambda: None, repr=False)
+    under_way: Callable[[], None] = field(default=lambda: None, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse an unknown way to compile."""
@@ -81,7 +82,7 @@ def make_step(
             key = random.bits(random.key("dropout", options.seed), local.step)
             held = gather_weights(par, letters, weights(local.params) if weights else local.params, options.precision.compute)
             scales = weight_scales(par, projections, tree.join(batch.get("frozen"), held)["layers"], options.precision.compute)
-            grads, shares = accumulate(gradient, held, {**batch, "key": key, "scales": scales}, scale, par.reduce)
+            grads, shares = accumulate(gradient, held, {**batch, "key": key, "scales": scales}, scale, par.reduce, options.under_way)
             options.before_update()
             metrics = update(local, grads, shares, scale * count, count)
         return state, metrics
