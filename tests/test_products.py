@@ -13,6 +13,8 @@ from mtl import tree
 from mtl.errors import UserError
 from mtl.kernels import products
 from mtl.models import decoder
+from mtl.ops import product
+from mtl.ops.late import after
 from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.params import decayed
@@ -55,6 +57,17 @@ def test_a_step_multiplies_by_quack_and_gets_the_same(one: Any, package: Package
         close(steps(one, model, 132, compile), want)
         calls = (MODELS[model].layers * layer + 1) * 3 * 4  # and the head; forward and its two gradients; micro-batches of all steps
         assert len(package.calls) == calls, compile
+
+
+def test_what_backward_keeps_is_not_copied_for_quack(one: Any, package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where layers are compiled alone, what is made again waits for the gradient; operands of a product that are at hand need not."""
+    waited: list[Tensor] = []
+    monkeypatch.setattr(product, "after", lambda x, grad: (waited.append(x), after(x, grad))[1])
+    steps(one, "llama", 0, "block")
+    usual = len(waited)
+    waited.clear()
+    steps(one, "llama", 132, "block")
+    assert package.calls and 0 < len(waited) == usual
 
 
 @pytest.mark.parametrize("how", ["none", "step"])

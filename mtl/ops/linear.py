@@ -213,9 +213,9 @@ def _one_product(par: Parallel, entry: Entry, weights: Weights, spread: Spread |
         y = product(replace(how, known=True, keep=not par.regather), *inner, *ws, scale)
     elif (move.gathers and par.regather) or (spread is not None and not copied):
         y = product(how, *inner, *ws)
-    elif entry.fn is not None or spread is not None or pieces is not None or eight or par.quack:
+    elif (again := entry.fn is not None or spread is not None or pieces is not None or bool(eight)) or par.quack:
         w = fetched(x.dtype, move, split, *ws)
-        y = product(replace(how, move=Move((), w.dtype, w.dtype)), *inner, w)
+        y = product(replace(how, move=Move((), w.dtype, w.dtype), late=par.late and again), *inner, w)
     else:
         matrix = matrix_of(fetched(x.dtype, move, split, *ws), split)
         y = inner[0] @ (matrix.t() if transposed else matrix)
