@@ -108,6 +108,9 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"--products quack needs an NVIDIA GPU of compute capability 9 .*device is cpu"):
         products.choose("quack", cpu, torch.bfloat16)
     gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(UserError, match=r"compute capability 9 .*device is cuda of 8\.0"):
+        products.choose("quack", gpu, torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(UserError, match="multiplies bfloat16 and float16, not float32"):
         products.choose("quack", gpu, torch.float32)

@@ -36,8 +36,11 @@ def choose(asked: Literal["auto", "torch", "quack"], device: torch.device, dtype
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Say why quack cannot multiply so, or None."""
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return f"needs an NVIDIA GPU of compute capability 9 (Hopper), and this run's device is {device.type}"
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    major, minor = torch.cuda.get_device_capability(device) if nvidia else (0, 0)
+    if major != 9:
+        which = f"{device.type} of {major}.{minor}" if nvidia else device.type
+        return f"needs an NVIDIA GPU of compute capability 9 (Hopper), and this run's device is {which}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"multiplies bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     try:
