@@ -148,7 +148,7 @@ def test_a_device_s_steps_are_timed_by_its_own_clock() -> None:
 
     fit(None, step, lambda i: None, range(5), [lambda i, state, record: times.append(record["step_time"])], behind)
     assert told == [0, 0, 1, 2, 3], "a step is told of when the next one's work is under way"
-    assert max(times[1:]) < 1.2 * min(times[1:]), times
+    assert max(times[1:]) < 1.6 * min(times[1:]), times
 
 
 def test_steps_that_need_the_device_are_told_of_at_once() -> None:

@@ -77,8 +77,9 @@ def wins(rows: int, columns: int, inner: int, units: int) -> bool:
 
 
 def lies(x: Tensor) -> bool:
-    """Tell whether a matrix lies by rows or columns, each of a multiple of 16 bytes: what the device's copies into a kernel ask for."""
-    return 1 in x.stride() and all(n % 8 == 0 for n in (*x.shape, *(s for s in x.stride() if s != 1))) and x.storage_offset() % 8 == 0
+    """Tell whether a 16-bit matrix lies by rows or columns, in multiples of 16 bytes, as the device's copies into a kernel ask."""
+    sizes = (*x.shape, *(s for s in x.stride() if s != 1), x.storage_offset())
+    return x.dtype in (torch.bfloat16, torch.float16) and 1 in x.stride() and all(n % 8 == 0 for n in sizes)
 
 
 @functools.cache
