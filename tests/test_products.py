@@ -129,7 +129,8 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(
-    products.refuses(torch.device("cuda"), torch.bfloat16) is not None if torch.cuda.is_available() else True, reason="quack"
+    products.refuses(torch.device("cuda"), torch.bfloat16) is not None if torch.cuda.is_available() else True,
+    reason="needs a Hopper GPU and quack-kernels",
 )
 @pytest.mark.parametrize("shape", [(2048, 6144, 8192), (8192, 2048, 2056), (4096, 12288, 4096)])
 def test_on_a_gpu_products_are_those_of_float32(shape: tuple[int, int, int]) -> None:
