@@ -197,7 +197,7 @@ def test_shapes_are_recalled_for_the_same_name_and_arguments_alone(tmp_path: Pat
     given, out = [torch.ones(2, 3)], [torch.zeros(3, 2, dtype=torch.bfloat16).t(), torch.ones(())]
     structure = tree.flatten({"a": out[0], "b": (out[1],)})[1]
     assert remembered.recall("name", given) is None
-    remembered.remember("name", given, out, structure, True)
+    remembered.remember("name", given, remembered.Result(remembered.metas(out), structure, True))
     found = remembered.recall("name", given)
     assert found is not None and found.structure == structure
     assert [(x.shape, x.stride(), x.dtype) for x in found.make()] == [(x.shape, x.stride(), x.dtype) for x in out]

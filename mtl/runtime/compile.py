@@ -78,18 +78,27 @@ def _compile_flat(
 ) -> tuple[Callable[..., Any], list[Any]]:
     result: list[Any] = []
     key = fingerprint((fn, repr(structure))) if backend == "inductor" else None
+    told: list[tuple[list[remembered.Meta], remembered.Result]] = []
+
+    def known(leaves: Any) -> remembered.Result | None:
+        given = remembered.metas(leaves)
+        found = next((found for asked_for, found in told if asked_for == given), None)
+        return found if found is not None or key is None else remembered.recall(key, leaves)
 
     def whole(*leaves: Any) -> tuple[Any, ...]:
-        asked = remembered.asks_for_shapes(leaves) if key is not None else "no"
-        found = remembered.recall(key, leaves) if key is not None and asked != "no" else None
+        asked = remembered.asks_for_shapes(leaves)
+        found = known(leaves) if asked != "no" else None
         if found is not None and (asked == "shapes" or found.pure):
             result[:] = [found.structure]
             return found.make()
         before = remembered.versions(leaves) if asked == "shapes" else []
         out, shape_of_result = tree.flatten((like if asked == "shapes" else fn)(*tree.unflatten(structure, leaves)))
         result[:] = [shape_of_result]
-        if key is not None and asked == "shapes":
-            remembered.remember(key, leaves, out, shape_of_result, remembered.is_pure(before, leaves, out))
+        if asked == "shapes" and all(isinstance(x, torch.Tensor) for x in out):
+            found = remembered.Result(remembered.metas(out), shape_of_result, remembered.is_pure(before, leaves, out))
+            told.append((remembered.metas(leaves), found))
+            if key is not None:
+                remembered.remember(key, leaves, found)
         return tuple(out)
 
     if key is not None:

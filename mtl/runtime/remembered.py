@@ -67,13 +67,11 @@ def recall(key: str, leaves: Sequence[Tensor]) -> Result | None:
         return None
 
 
-def remember(key: str, leaves: Sequence[Tensor], out: Sequence[Any], structure: Any, pure: bool) -> None:
+def remember(key: str, leaves: Sequence[Tensor], result: Result) -> None:
     """Keep what a function gave; where the folder cannot be written to, or the structure not be spelled, nothing is kept."""
-    if not all(isinstance(x, Tensor) for x in out):
-        return
     file = _file(key, leaves)
     try:
-        text = json.dumps({"metas": [_meta(x) for x in out], "structure": tree.spell_structure(structure), "pure": pure})
+        text = json.dumps({"metas": result.metas, "structure": tree.spell_structure(result.structure), "pure": result.pure})
         file.parent.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
         own.write_text(text)
@@ -86,11 +84,12 @@ def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
-def _meta(x: Tensor) -> Meta:
-    return list(x.shape), list(x.stride()), str(x.dtype).removeprefix("torch."), str(x.device)
+def metas(tensors: Sequence[Tensor]) -> list[Meta]:
+    """Describe tensors."""
+    return [(list(x.shape), list(x.stride()), str(x.dtype).removeprefix("torch."), str(x.device)) for x in tensors]
 
 
 def _file(key: str, leaves: Sequence[Tensor]) -> Path:
     folder: str = importlib.import_module("torch._inductor.runtime.runtime_utils").cache_dir()
-    asked = hashlib.sha256(json.dumps([_meta(x) for x in leaves]).encode()).hexdigest()[:16]
+    asked = hashlib.sha256(json.dumps(metas(leaves)).encode()).hexdigest()[:16]
     return Path(folder) / "mtl" / f"{key}-{asked}.json"
