@@ -86,8 +86,8 @@ class Staging:
             model.layer_key,
         )
 
-    def pieces(self, functions: Functions, batch: Batch, compile: Any = None) -> Pieces:
-        """Trace the model, once for each shape of micro-batches."""
+    def pieces(self, functions: Functions, batch: Batch, compile: Any = None, layers: bool = True) -> Pieces:
+        """Trace the model, once for each shape of micro-batches; without ``layers`` its embedding and head alone."""
         known = tuple((name, tuple(x.shape)) for name, x in micro_batch(batch, 0).items())
         if known not in self.traced:
             table = "compute" if self.par.rules.gather == "step" else "store"
@@ -98,7 +98,8 @@ class Staging:
 
             forms = tree.map(form, self.specs, self.types, self.learning)
             outer = {name: part for name, part in forms.items() if name != "layers"}
-            self.traced[known] = trace_pieces(functions, self._kinds(functions), forms["layers"], outer, batch, compile)
+            kinds = self._kinds(functions) if layers else ()
+            self.traced[known] = trace_pieces(functions, kinds, forms["layers"], outer, batch, compile)
         if not self._moves:
             self._plan(self.traced[known])
         return self.traced[known]
@@ -291,13 +292,13 @@ class _Passing:
 
     def stage(self, params: Any, batch: Batch) -> Any:
         """Give the stages their parameters; the batch says shapes alone."""
-        self.staging.pieces(self.functions, _keyed(batch))
+        self.staging.pieces(self.functions, _keyed(batch), layers=False)
         return self.staging.to_stages(tree.map(to_local, params))
 
     def run(self, weights: Any, batch: Batch, finish: Callable[[Any, Tensor, Batch], Tensor]) -> Sequence[Tensor]:
         """Send micro-batches through; give what ``finish`` made of each where the last stage is, elsewhere nothing."""
         batch = _keyed(batch)
-        pieces = self.staging.pieces(self.functions, batch)
+        pieces = self.staging.pieces(self.functions, batch, layers=False)
         table = forwards(self.staging.pipeline.place, batch["tokens"].shape[0])
         work = Forward(self.functions, self.staging.pipeline.layers, self.staging.own, weights, batch, finish)
         run(table, self.staging.device, work, self.links.open(table, *pieces.embed.shape, batch["tokens"].device))
