@@ -1,6 +1,7 @@
 """`--remat auto`: what is chosen fits by the plan, more memory never recomputes more, and what cannot be says so."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_plans_of_a_real_model_decide() -> None:
     setup = dataclasses.replace(preset, model=model, train=train, remat="auto:1GiB")
     rules, shape = sharding_rules.load("fsdp"), MeshShape(fsdp=2)
     options = StepOptions(PRECISIONS["bf16"], "none", "step")
-    plan = planned(setup, rules, shape, pretrain.sizes(setup, rules, shape), options, torch.device("meta"), False)
+    plan = functools.cache(planned(setup, rules, shape, pretrain.sizes(setup, rules, shape), options, torch.device("meta"), False))
     peaks = {remat: plan(remat).memory.peak for remat in ORDER}
     assert peaks["full"] < peaks["dense"] < peaks["mlp"] < peaks["mlp:2"] < peaks["none"] and peaks["selective"] < peaks["none"]
     places = [ORDER.index(choose(peaks.__getitem__, budget).remat) for budget in sorted(peaks.values())]

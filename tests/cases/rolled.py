@@ -1,11 +1,13 @@
 """Take the gradient of an FSDP step with its layers as pieces, and as one graph, and compare what comes out."""
 
+import copy
 import dataclasses
 from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 
 import sharding_rules
 from mtl import tree
@@ -26,20 +28,24 @@ LAYERS = 7
 def traced(model: str, precision: str, engine: bool, remat: str) -> dict[str, Any]:
     """Run the graph whole and in pieces, operation by operation: how often each piece is called, nodes, and whether bits are the same."""
     loss, arguments = _step(model, precision, engine, remat)
-    found: dict[str, Any] = {"nodes": []}
-    results: list[Any] = []
-    for pieces in (False, True):
+    found: dict[str, Any] = {}
 
-        def look(graph: Any, _: Any, pieces: bool = pieces) -> Any:
-            overlap.overlap(graph.graph)
-            if pieces:
-                found["called"] = roll(graph.graph)
-            found["nodes"].append(len(graph.graph.nodes))
-            graph.recompile()
-            return make_boxed_func(graph.forward)
+    def look(graph: Any, _: Any) -> Any:
+        overlap.overlap(graph.graph)
+        whole = GraphModule(graph, copy.deepcopy(graph.graph))
+        found["called"] = roll(graph.graph)
+        found["nodes"] = [len(g.graph.nodes) for g in (whole, graph)]
+        graph.recompile()
 
-        results.append(tree.leaves(value_and_grad(loss, "step", aot_autograd(fw_compiler=look))(*arguments)))
-    return {**found, "same": all(torch.equal(a, b) for a, b in zip(*results, strict=True))}
+        def both(*inputs: Any) -> Any:
+            results = [tree.leaves(g(*inputs)) for g in (whole, graph)]
+            found["same"] = all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+            return results[0]
+
+        return make_boxed_func(both)
+
+    value_and_grad(loss, "step", aot_autograd(fw_compiler=look))(*arguments)
+    return found
 
 
 def compiled(model: str, precision: str, engine: bool, remat: str) -> dict[str, Any]:
