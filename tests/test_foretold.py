@@ -41,7 +41,7 @@ def made(first: bool = True, compile: str = "none", precision: str = "fp32") -> 
 
 
 def test_a_run_says_its_plan_and_compares(forks: Forks, tmp_path: Path) -> None:
-    done = forks.complete(["tiny", *SHORT, *MODEL, "--out", str(tmp_path / "run")])
+    done = forks.complete(["tiny", *SHORT, *MODEL, "--out", str(tmp_path / "run")], plans=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("plan")]
     assert len(lines) == 2
