@@ -51,12 +51,13 @@ def test_parts_have_the_same_bits_on_a_gpu() -> None:
 CASES: list[Any] = [
     ("fsdp", 2, {}),
     ("fsdp", 4, {"engine": True}),
-    ("hsdp", 4, {"remat": "full"}),
+    ("hsdp", 4, {"remat": "every:2"}),
     ("fsdp", 2, {"remat": "selective", "engine": True}),
     ("fsdp_tensor", 4, {"remat": "gather"}),
     ("fsdp_tensor", 4, {"remat": "full"}),
     pytest.param("fsdp_tensor", 4, {"remat": "full", "how": "step"}, marks=pytest.mark.slow),
-    ("fsdp_context_tensor", 8, {"remat": "every:2"}),
+    pytest.param("fsdp_context_tensor", 8, {"remat": "every:2"}, marks=pytest.mark.slow),
+    pytest.param("hsdp", 4, {"remat": "full"}, marks=pytest.mark.slow),
     ("fsdp", 2, {"how": "block", "remat": "full"}),
     pytest.param("fsdp", 2, {"how": "block"}, marks=pytest.mark.slow),
 ]
@@ -79,7 +80,11 @@ def test_gradients_have_the_same_bits(ranks: Ranks, table: str, world: int, how:
     assert "turned" not in sixteen["times"] and eight["times"]["rounded"] < sixteen["times"]["rounded"]
 
 
-@pytest.mark.parametrize("choices", [{}, {"micros": 2}, {"tuned": True}, {"offload": "optimizer", "micros": 2}], ids=str)
+@pytest.mark.parametrize(
+    "choices",
+    [pytest.param({}, marks=pytest.mark.slow), {"micros": 2}, {"tuned": True}, {"offload": "optimizer", "micros": 2}],
+    ids=str,
+)
 def test_a_step_has_one_more_all_reduce_and_the_same_state(ranks: Ranks, choices: dict[str, Any]) -> None:
     found = ranks.run("tests.cases.fp8_gather:steps", 2, table="fsdp", world=2, **choices)
     assert found["same"], "losses, norms, parameters and moments"

@@ -65,7 +65,7 @@ def test_inductor_writes_the_same_text(ranks: Ranks, model: str, only: str | Non
         assert found == want, table
 
 
-@pytest.mark.parametrize("model", ["llama", "mistral"])
+@pytest.mark.parametrize("model", ["mistral", pytest.param("llama", marks=pytest.mark.slow)])
 def test_every_mesh_writes_the_same_text(ranks: Ranks, model: str) -> None:
     want = ranks.run("tests.cases.generate:continued", 1, table="single", world=1, model=model)
     assert len({str(v) for v in want.values()}) == 3, "greedy, sampled and filtered texts differ"

@@ -176,7 +176,7 @@ def test_plain_output_is_the_text(llama: tuple[Path, Any, Any], capsys: pytest.C
     assert f"{sum(g['tokens'] for g in want)} new tokens" in said.err
 
 
-@pytest.mark.parametrize("mesh", ["", "fsdp=2"])
+@pytest.mark.parametrize("mesh", ["fsdp=2", pytest.param("", marks=pytest.mark.slow)])
 def test_two_processes_write_what_one_writes(llama: tuple[Path, Any, Any], mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
     path, _, _ = llama
     flags = [str(path), "--prompt", "Write a", "--prompt", "b", "--prompt", "c d e f", "--max-tokens", "24", "--temperature", "0.9"]

@@ -14,7 +14,7 @@ from tests.small import MESHES, MODELS
 
 PLACES = [(table, world) for table, meshes in MESHES.items() for world in meshes if world > 1]
 NAMES = list(MODELS)
-SOME = [(t, max(w for w in m if w <= 4), NAMES[i % len(NAMES)]) for i, (t, m) in enumerate(MESHES.items()) if t != "single"]
+SOME = [(t, 4 if t in ("hsdp", "fsdp_tensor") else 2, NAMES[i % len(NAMES)]) for i, (t, m) in enumerate(MESHES.items()) if t != "single"]
 
 
 def name(case: tuple[str, int, str]) -> str:
@@ -43,7 +43,12 @@ def test_every_mesh_drops_the_same(ranks: Ranks, references: Path, case: tuple[s
     assert abs(plain["loss.0"] - dropped["loss.0"]) > 1e-6, "dropping changed nothing"
 
 
-@pytest.mark.parametrize("how", [{"remat": "full"}, {"remat": "selective", "micros": 3}, {"how": "step"}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{"remat": "selective", "micros": 3}, {"how": "block", "remat": "full"}]
+    + [pytest.param(how, marks=pytest.mark.slow) for how in ({"remat": "full"}, {"how": "step"})],
+    ids=str,
+)
 def test_remat_and_compile_drop_the_same(ranks: Ranks, references: Path, how: dict[str, object]) -> None:
     check(ranks, references, "fsdp", 2, "llama", 0.3, **how)
 
@@ -95,8 +100,10 @@ def test_the_frozen_model_takes_no_gradient_products(ranks: Ranks) -> None:
     assert found["mm"] == want, found
 
 
-@pytest.mark.parametrize("how", ["step", "block"])
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    ("how", "remat"),
+    [("step", "none"), ("block", "full"), *(pytest.param(*x, marks=pytest.mark.slow) for x in (("step", "full"), ("block", "none")))],
+)
 def test_the_frozen_model_scatters_no_gradients(ranks: Ranks, how: str, remat: str) -> None:
     found = ranks.capture("tests.cases.lora:counts", 2, table="fsdp", world=2, model="llama", how=how, remat=remat)
     # Of each adapter A or B is split, and its gradient scattered; no weight is. (The first layer, whose input has no gradient, is a

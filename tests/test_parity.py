@@ -44,6 +44,13 @@ def pairwise(limit_compiled: int) -> list[Case]:
     return chosen
 
 
+def covering() -> list[Case]:
+    """Meet every table on two and on four ranks, eager, with everything else in turn: models, remats, micro-batches (on two ranks)."""
+    tables, models = [table for table in MESHES if table != "single"], list(MODELS)
+    turns = [(i, i + i // 6 + k, k, (table, world)) for i, table in enumerate(tables) for k, world in enumerate((2, 4))]
+    return [(place, models[(i + 3 * k) % 6], REMATS[turn % 3], "none", MICROS[turn % 2 * (1 - k)]) for i, turn, k, place in turns]
+
+
 def check(ranks: Ranks, references: Path, case: Case) -> None:
     """Compare one case with one device."""
     (table, world), model, remat, how, micros = case
@@ -62,15 +69,30 @@ def name(case: Case) -> str:
     return "-".join(str(part) for part in (*case[0], *case[1:]))
 
 
+MANY: list[Case] = [
+    (("hsdp", 8), "gpt", "full", "none", 1),
+    (("fsdp_context_tensor", 8), "falcon", "none", "none", 1),
+    (("fsdp_ring_tensor", 8), "llama_tied", "selective", "none", 1),
+]
 COMPILED: list[Case] = [
+    (("ddp", 2), "gpt", "none", "block", 1),
+    (("zero1", 2), "falcon", "selective", "block", 1),
+    (("hsdp", 2), "llama_tied", "none", "block", 3),
+    (("context", 2), "alibi", "none", "block", 1),
+    (("ring", 2), "mistral", "selective", "step", 1),
+    (("ulysses", 2), "llama", "dense", "step", 3),
     (("fsdp", 2), "llama_tied", "full", "step+engine", 3),
     (("fsdp_tensor", 4), "llama", "gather", "block", 1),
     (("tensor", 2), "gpt", "gather", "step+pieces", 1),
-    (("fsdp", 2), "llama", "dense", "step", 1),
     (("tensor", 2), "llama_tied", "full", "block+pieces", 1),
 ]
-"""A few on more ranks: tracing for four ranks on two cores takes up to half a minute."""
+"""Every model, and every table that is another on two ranks, in one of the two ways. Tracing for four ranks takes up to half a minute."""
 LONGER: list[Case] = [
+    (("fsdp", 2), "llama", "dense", "step", 1),
+    (("ring", 4), "llama_tied", "dense", "none", 3),
+    (("tensor", 8), "mistral", "selective", "none+pieces", 1),
+    (("fsdp_tensor", 8), "alibi", "gather", "none+pieces", 1),
+    (("fsdp_context_tensor", 8), "falcon", "mlp", "none+pieces", 1),
     (("hsdp", 4), "gpt", "selective", "step+engine", 1),
     (("tensor", 2), "gpt", "gather", "block", 1),
     (("fsdp_context_tensor", 4), "falcon", "full", "block", 1),
@@ -88,20 +110,26 @@ IN_PIECES: list[Case] = [
     (("tensor", 4), "llama", "none", "none+pieces", 1),  # two kv heads over four devices
     (("tensor", 2), "llama_tied", "gather", "none+pieces", 3),
     (("tensor", 4), "falcon", "full", "none+pieces", 1),
-    (("tensor", 8), "mistral", "selective", "none+pieces", 1),
+    (("tensor", 2), "mistral", "selective", "none+pieces", 1),
     (("fsdp_tensor", 4), "gpt", "none", "none+pieces", 1),
-    (("fsdp_tensor", 8), "alibi", "gather", "none+pieces", 1),
+    (("fsdp_tensor", 4), "alibi", "gather", "none+pieces", 1),
     (("fsdp_context_tensor", 4), "llama", "none", "none+pieces", 1),
     (("fsdp_ring_tensor", 4), "llama", "full", "none+pieces", 1),
-    (("fsdp_context_tensor", 8), "falcon", "mlp", "none+pieces", 1),
+    (("fsdp_context_tensor", 4), "falcon", "mlp", "none+pieces", 1),
     (("fsdp_ulysses_tensor", 4), "alibi", "dense", "none+pieces", 1),
-    (("ring", 4), "llama_tied", "dense", "none", 3),
+    (("ring", 4), "llama_tied", "dense", "none", 1),
     (("fsdp_ulysses_tensor", 4), "gpt", "selective", "none+pieces", 1),
 ]
 
 
-@pytest.mark.parametrize("case", pairwise(limit_compiled=2) + COMPILED + IN_PIECES, ids=name)
+@pytest.mark.parametrize("case", covering() + MANY + COMPILED + IN_PIECES, ids=name)
 def test_mesh_equals_one_device(ranks: Ranks, references: Path, case: Case) -> None:
+    check(ranks, references, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", pairwise(limit_compiled=2), ids=name)
+def test_every_pair_of_choices(ranks: Ranks, references: Path, case: Case) -> None:
     check(ranks, references, case)
 
 
