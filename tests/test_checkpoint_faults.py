@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -473,7 +474,7 @@ def wait_until_caught(pid: int) -> None:
 def test_a_signal_during_the_slow_imports_saves_the_first_state(tmp_path: Path) -> None:
     out = tmp_path / "run"
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = ["python", "experiments/pretrain.py", *TINY, "--out", str(out)]
+    command = [sys.executable, "experiments/pretrain.py", *TINY, "--out", str(out)]
     run = subprocess.Popen(command, cwd=Path(__file__).parent.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_until_caught(run.pid)
     run.send_signal(signal.SIGTERM)

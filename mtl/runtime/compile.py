@@ -25,7 +25,8 @@ def compiled(
     The function is put into the graph whole, so that AOTAutograd alone traces it: it may use any Python, but whatever is not a tensor
     argument counts as constant. A ``blockwise`` graph is differentiated by autograd: there AOTAutograd's search for common expressions is
     off, since it would merge a weight's gather in backward with the one in forward and so keep every gathered weight.
-    ``like`` gives tensors of the same shapes and types sooner: Dynamo, which wants to know these alone, is given them.
+    ``like`` gives tensors of the same shapes and types sooner: Dynamo, which wants to know these alone, is given them. Then the function
+    must write to none of its arguments: AOTAutograd, which wants to know of that first, is told so without a call.
     """
     if backend == "inductor":
         stored.teach_inductor()
@@ -35,7 +36,7 @@ def compiled(
         leaves, structure = tree.flatten(args)
         known = repr(structure)
         if known not in graphs:
-            graphs[known] = _compile_flat(fn, structure, backend, options, like or fn)
+            graphs[known] = _compile_flat(fn, structure, backend, options, like)
         run, shape_of_result = graphs[known]
         with _functorch_config.patch(cse=False) if blockwise else contextlib.nullcontext():
             out = run(*leaves)
@@ -74,7 +75,7 @@ def update_options(backend: Any) -> dict[str, Any] | None:
 
 
 def _compile_flat(
-    fn: Callable[..., Any], structure: Any, backend: Any, options: Any, like: Callable[..., Any]
+    fn: Callable[..., Any], structure: Any, backend: Any, options: Any, like: Callable[..., Any] | None
 ) -> tuple[Callable[..., Any], list[Any]]:
     result: list[Any] = []
     key = fingerprint((fn, repr(structure))) if backend == "inductor" else None
@@ -86,17 +87,18 @@ def _compile_flat(
         return found if found is not None or key is None else remembered.recall(key, leaves)
 
     def whole(*leaves: Any) -> tuple[Any, ...]:
-        asked = remembered.asks_for_shapes(leaves)
+        asked = "no" if key is None and like is None else remembered.asks_for_shapes(leaves)
         found = known(leaves) if asked != "no" else None
         if found is not None and (asked == "shapes" or found.pure):
             result[:] = [found.structure]
             return found.make()
         before = remembered.versions(leaves) if asked == "shapes" else []
-        out, shape_of_result = tree.flatten((like if asked == "shapes" else fn)(*tree.unflatten(structure, leaves)))
+        out, shape_of_result = tree.flatten((like if like is not None and asked == "shapes" else fn)(*tree.unflatten(structure, leaves)))
         result[:] = [shape_of_result]
         if asked == "shapes" and all(isinstance(x, torch.Tensor) for x in out):
             found = remembered.Result(remembered.metas(out), shape_of_result, remembered.is_pure(before, leaves, out))
-            told.append((remembered.metas(leaves), found))
+            if like is not None:
+                told.append((remembered.metas(leaves), found))
             if key is not None:
                 remembered.remember(key, leaves, found)
         return tuple(out)
