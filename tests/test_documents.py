@@ -144,13 +144,12 @@ DEFAULT: list[Case] = [
     ("llama", "fsdp_tensor", 4, "none", "none"),
     ("mistral", "context", 2, "none", "none"),
     ("llama", "context", 4, "none", "none"),
-    ("llama", "ring", 2, "none", "step"),
     ("mistral", "ring", 4, "none", "none"),
     ("gpt", "ring", 4, "full", "none"),
     ("mistral", "ulysses", 4, "none", "none"),
-    ("llama", "fsdp_context_tensor", 8, "none", "none"),
+    ("llama", "fsdp_context_tensor", 4, "none", "none"),
     ("mistral", "fsdp_ring_tensor", 4, "selective", "none"),
-    ("falcon", "fsdp_ulysses_tensor", 8, "none", "none"),
+    ("falcon", "fsdp_ulysses_tensor", 4, "none", "none"),
 ]
 ALL: list[Case] = [
     (model, table, world, remat, how)
@@ -158,7 +157,7 @@ ALL: list[Case] = [
     for table, meshes in MESHES.items()
     for world in meshes
     for remat, how in (("none", "none"), ("selective", "step" if world < 8 else "none"), ("full", "block" if world < 4 else "none"))
-]
+] + [("llama", "ring", 2, "none", "step")]
 
 
 def check(ranks: Ranks, references: Path, case: Case, apart: bool = True) -> Any:

@@ -22,7 +22,7 @@ PLACES = [(table, world) for table, meshes in MESHES.items() for world in meshes
 ALL = [(*place, model) for place in PLACES for model in MODELS]
 NAMES = list(MODELS)
 SOME = [(table, max(w for w in meshes if w <= 4), NAMES[i % len(NAMES)]) for i, (table, meshes) in enumerate(MESHES.items())]
-SOME += [("tensor", 4, "llama"), ("fsdp_context_tensor", 8, "mistral"), ("ring", 4, "gpt")]  # kv heads fewer than the tensor axis, first
+SOME += [("tensor", 4, "llama"), ("ring", 4, "gpt")]  # kv heads fewer than the tensor axis, first
 
 
 def cached(ranks: Ranks, references: Path, table: str, world: int, model: str, compiled: bool = False) -> None:
@@ -60,7 +60,7 @@ def test_compiled_decode_equals_full_forward(ranks: Ranks, references: Path, cas
 )
 def test_inductor_writes_the_same_text(ranks: Ranks, model: str, only: str | None) -> None:
     want = ranks.run("tests.cases.generate:continued", 1, table="single", world=1, model=model, only=only)
-    for table, world, backend in (("single", 1, "inductor"), ("fsdp_tensor", 2, "aot_eager")):
+    for table, world, backend in (("single", 1, "inductor"), ("fsdp_tensor", 2, "aot_eager"))[: 1 if only else 2]:
         found = ranks.run("tests.cases.generate:continued", world, table=table, world=world, model=model, backend=backend, only=only)
         assert found == want, table
 

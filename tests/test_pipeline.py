@@ -47,7 +47,7 @@ PART = [
     case("llama", 4, 4, {"pipe": 2}, "1f1b"),
     case("gpt", 9, 6, {"pipe": 4}, "interleaved", groups=True),
     case("alibi", 4, 4, {"pipe": 4}, "gpipe"),
-    case("llama_tied", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_h1", remat="full"),
+    case("llama_tied", 4, 4, {"pipe": 2, "tensor": 2}, "zb_h1", remat="full"),
     case("mistral", 5, 4, {"pipe": 2, "context": 2}, "zb_v", remat="selective"),
     case("falcon", 5, 4, {"pipe": 2, "fsdp": 2}, "interleaved", virtual=2, split=[1, 1, 2, 1]),
     case("gpt", 4, 3, {"pipe": 2, "replica": 2}, "1f1b", rules="zero1", remat="dense"),
@@ -56,6 +56,7 @@ PART = [
 ]
 """Every schedule, every kind of mesh, every remat, compiled, uneven, tied and with channels as GPUs have them at least once."""
 PART_MORE = [
+    case("llama_tied", 4, 4, {"pipe": 2, "fsdp": 2, "tensor": 2}, "zb_h1", remat="full"),
     case("gpt", 9, 6, {"pipe": 4}, "interleaved"),
     case("llama_tied", 7, 4, {"pipe": 3}, "zb_v"),
     case("alibi", 8, 8, {"pipe": 8}, "gpipe"),
@@ -69,8 +70,8 @@ PART_MORE = [
 """The same on more devices."""
 
 ADAPTED = [
-    case("llama_tied", 5, 4, {"pipe": 2}, "zb_v", lora=0.0, how="block"),
-    case("llama", 4, 4, {"pipe": 2, "tensor": 2}, "1f1b", lora=0.3, remat="selective"),
+    case("llama_tied", 5, 4, {"pipe": 2}, "zb_v", lora=0.0),
+    case("llama", 4, 4, {"pipe": 2}, "1f1b", lora=0.3, remat="selective"),
 ]
 ADAPTED_MORE = [
     case(model, 9, 4, mesh, schedule, lora=0.3, remat=remat)
@@ -83,6 +84,7 @@ ADAPTED_MORE = [
     )
 ] + [
     case("llama", 4, 3, {"pipe": 2, "fsdp": 2}, "zb_v", lora=0.3, rules="zero1"),
+    case("llama_tied", 5, 4, {"pipe": 2}, "zb_v", lora=0.0, how="block"),
     case("llama", 4, 4, {"pipe": 2}, "1f1b", lora=0.3),
     case("llama", 4, 4, {"pipe": 2, "tensor": 2}, "zb_v", lora=0.3, remat="selective"),
 ]

@@ -91,7 +91,7 @@ def test_micro_batches_multiply_the_gradient_alone(ranks: Ranks) -> None:
     check(ranks, (("zero1", 2), "llama", "none", "none"), micros=3)
 
 
-SHORT = [("none", "none"), ("gather", "none"), ("selective", "step"), ("full", "step"), ("every:2", "none")]
+SHORT = [("none", "none"), ("full", "step"), ("every:2", "none")]
 NOT_SHORT = [(remat, how) for how in ("none", "step") for remat in REMATS if (remat, how) not in SHORT]
 
 
