@@ -16,13 +16,14 @@ from tests.small import BATCH, SEQ
 
 CASES = [
     ("single", 1, "llama", "bf16", "both", "full", "none", {}),
-    ("single", 1, "llama_tied", "bf16", "both", "every:2", "step", {"micros": 2}),
+    ("single", 1, "llama_tied", "bf16", "both", "every:2", "none", {"micros": 2}),
     ("single", 1, "llama", "fp32", "both", "full", "none", {}),
     ("single", 1, "llama", "bf16", "optimizer", "none", "block", {"optimizer": "fused"}),
     ("fsdp_tensor", 4, "gpt", "bf16", "both", "full", "none", {"optimizer": "sgd"}),
     ("zero1", 2, "llama", "bf16", "both", "full", "none", {}),
     ("ring", 2, "llama", "fp16", "both", "full", "none", {}),
     ("context", 2, "mistral", "fp8", "both", "full", "none", {"micros": 2}),
+    pytest.param(("single", 1, "llama_tied", "bf16", "both", "every:2", "step", {"micros": 2}), marks=pytest.mark.slow),
     pytest.param(("fsdp", 2, "llama", "bf16", "both", "full", "step", {}), marks=pytest.mark.slow),
     pytest.param(("zero1", 2, "llama", "bf16", "both", "full", "step", {}), marks=pytest.mark.slow),
     pytest.param(("context", 2, "mistral", "fp8", "both", "full", "step", {"micros": 2}), marks=pytest.mark.slow),

@@ -57,11 +57,11 @@ def test_torchrun_gives_one_process_numbers(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "one/config.json").read_text())
     assert config["train"]["steps"] == 3 and config["versions"]["torch"] and config["resolved"]["rules"] == "single"
     both = ["--rules", "fsdp_tensor", "--mesh.fsdp", "2", "--mesh.tensor", "-1", "--transport", "engine"]
-    meshed = start(["tiny", "--precision", "fp64", *SHORT, *MODEL, *both, "--out", str(tmp_path / "four")], ranks=4)
+    meshed = start(["tiny", "--precision", "fp64", *SHORT, *MODEL, *both, "--out", str(tmp_path / "two")], ranks=2)
     assert meshed.returncode == 0, meshed.stderr
-    resolved = [json.loads((tmp_path / name / "config.json").read_text())["resolved"]["transport"] for name in ("one", "four")]
+    resolved = [json.loads((tmp_path / name / "config.json").read_text())["resolved"]["transport"] for name in ("one", "two")]
     assert resolved == ["collectives", "engine"]
-    for a, b in zip(metrics(tmp_path / "four"), want, strict=True):
+    for a, b in zip(metrics(tmp_path / "two"), want, strict=True):
         for name in ("loss", "grad_norm", "learning_rate", "tokens", "eval_loss"):
             if name in b:
                 assert abs(a[name] - b[name]) <= 1e-9 * abs(b[name]), name
@@ -125,7 +125,10 @@ def test_bad_input_ends_in_one_message(name: str, forks: Forks, tmp_path: Path) 
     ("launcher", "flags", "message"),
     [
         ("forks", ["--mesh.tensor", "2", "--model.heads", "3", "--model.kv-heads", "1"], "heads of size 3 does not divide by tensor=2"),
-        ("torchrun", ["--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch"),
+        ("forks", ["--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch"),
+        pytest.param(
+            "torchrun", ["--optim.lr", "1e200", "--optim.warmup-steps", "0"], "step 2: the loss of micro-batch", marks=pytest.mark.slow
+        ),
         ("forks", ["--mesh.fsdp", "3"], "needs 3 devices, but 2 processes run"),
     ],
 )
