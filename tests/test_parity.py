@@ -76,14 +76,16 @@ MANY: list[Case] = [
 COMPILED: list[Case] = [
     (("zero1", 2), "falcon", "selective", "block", 1),
     (("context", 2), "alibi", "none", "block", 1),
-    (("ring", 2), "mistral", "selective", "step", 1),
-    (("ulysses", 2), "llama", "dense", "step", 3),
+    (("ddp", 2), "mistral", "selective", "step", 1),
+    (("ulysses", 2), "llama", "dense", "step", 1),
     (("fsdp", 2), "llama_tied", "full", "step+engine", 3),
     (("tensor", 2), "gpt", "gather", "step+pieces", 1),
     (("tensor", 2), "llama_tied", "full", "block+pieces", 1),
 ]
 """Every model in one of the two ways, and every way to move data. Tracing for four ranks takes up to half a minute."""
 LONGER: list[Case] = [
+    (("ring", 2), "mistral", "selective", "step", 1),
+    (("ulysses", 2), "llama", "dense", "step", 3),
     (("ddp", 2), "gpt", "none", "block", 1),
     (("hsdp", 2), "llama_tied", "none", "block", 3),
     (("fsdp_tensor", 4), "llama", "gather", "block", 1),

@@ -114,14 +114,13 @@ def in_few_kernels(table: str, world: int, model: str, path: str, compiled: bool
     return found | {"products": len(calls), "sums": sum(calls)}
 
 
-def continued(table: str, world: int, model: str, backend: str | None = None, only: str | None = None) -> dict[str, Any]:
-    """Give greedy, sampled and filtered tokens, or ``only`` one of these."""
+def continued(table: str, world: int, model: str, backend: str | None = None) -> dict[str, Any]:
+    """Give greedy, sampled and filtered tokens."""
     config, rules, mesh = MODELS[model], sharding_rules.load(table), make_mesh(MESHES[table][world], "cpu")
     prompts = [w[:n] for w, n in zip(text(config), LENGTHS, strict=True)]
     params = lively(config, rules, mesh)
     ways = {"greedy": Sampling(), "sampled": Sampling(1.5, seed=1), "filtered": Sampling(1.5, 40, 0.9, 2)}
-    chosen = ways if only is None else {only: ways[only]}
-    return {k: list(generate(decoder, config, mesh, rules, FP64, params, prompts, NEW, how, backend=backend)) for k, how in chosen.items()}
+    return {k: list(generate(decoder, config, mesh, rules, FP64, params, prompts, NEW, how, backend=backend)) for k, how in ways.items()}
 
 
 def on_gpu(backend: str | None = None) -> dict[str, Any]:
