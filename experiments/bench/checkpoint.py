@@ -93,7 +93,7 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     }
     took: dict[str, list[list[float]]] = {name: [[], []] for name in programs}
     work: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
-    for _ in range(bench.repeats):
+    for turn in range(bench.repeats):
         for name, actions in programs.items():
             path = folder / "c"
             for i, action in enumerate(actions[: 1 + bench.restores]):
@@ -102,6 +102,8 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
                 took[name][i].append(time.perf_counter() - begun)
                 work[name][i] = min(work[name][i], time.process_time() - used)
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+        times = (f"{name} {' and '.join(f'{t[-1]:.2f}' for t in took[name][: 1 + bench.restores])}" for name in programs)
+        print(f"round {turn + 1} of {bench.repeats}, seconds: {', '.join(times)}", flush=True)
 
     def told(name: str, i: int) -> str:
         theirs = [t[i] for other, t in took.items() if other.startswith("dcp")]
