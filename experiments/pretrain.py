@@ -32,7 +32,7 @@ from mtl.errors import UserError, unknown
 from mtl.generate.decode import generate
 from mtl.generate.sampling import Sampling
 from mtl.kernels import attention as attention_kernels
-from mtl.kernels import products
+from mtl.kernels import gated, products
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw, sgd
 from mtl.optim.schedules import Schedule, schedule
@@ -141,7 +141,8 @@ def parallel(setup: Experiment, rules: Rules, shape: MeshShape, precision: Preci
     pieces = takes_pieces(setup, rules, shape, precision, engine or (at.device.type == "cpu" and setup.tensor.overlap == "on"))
     mesh, whole = make_mesh(shape, at.device.type), sizes(setup, rules, shape)
     by = products.choose(setup.products, at.device, precision.compute)
-    return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8, quack=by)
+    gates = by > 0 and gated.there()
+    return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8, quack=by, gated=gates)
 
 
 def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:

@@ -36,7 +36,7 @@ class Ranks:
         self.listener.bind(f"{self.folder.name}/pool")
         self.listener.listen(WORLD)
         self.listener.settimeout(120)
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # CUDA cannot be forked
         command = [sys.executable, "-m", "tests.ranks", f"{self.folder.name}/pool"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=ROOT, env=env, start_new_session=True)
         self._renew()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from mtl import tree
 from mtl.errors import UserError
-from mtl.kernels import products
+from mtl.kernels import gated, products
 from mtl.models import decoder
+from mtl.ops import gated as mlp
 from mtl.ops import product
 from mtl.ops.late import after
 from mtl.optim.optimizers import adamw
@@ -70,15 +71,26 @@ def test_what_backward_keeps_is_not_copied_for_quack(one: Any, package: Package,
     assert package.calls and 0 < len(waited) == usual
 
 
-@pytest.mark.parametrize("how", ["none", "step"])
-def test_products_under_fsdp_are_one_devices(ranks: Ranks, references: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "gates", "remat"),
+    [
+        ("none", False, "none"), ("step", False, "none"), ("none", True, "none"), ("step", True, "none"), ("step+engine", True, "none"),
+        ("block", True, "none"), ("step", True, "mlp:1"), ("step", True, "dense"),
+    ],
+)  # fmt: skip
+def test_products_under_fsdp_are_one_devices(ranks: Ranks, references: Path, how: str, gates: bool, remat: str) -> None:
     path = str(references / "llama-1.safetensors")
     if not Path(path).exists():
         ranks.run("tests.cases.train:reference", 1, model="llama", micros=1, path=path)
-    case = {"table": "fsdp", "world": 2, "model": "llama", "remat": "none", "how": how, "micros": 1}
-    found = ranks.run("tests.cases.products:parity", 2, **case, path=path)
+    case = {"table": "fsdp", "world": 2, "model": "llama", "remat": remat, "how": how, "micros": 1}
+    found = ranks.run("tests.cases.products:parity", 2, **case, path=path, gates=gates)
     assert found["error"] < 1e-9 and found["moved"] > 1e-3, found
-    assert found["products"] == (MODELS["llama"].layers * 4 + 1) * 3 * 3, "query, key and value are one product, gate and up are one"
+    products = (MODELS["llama"].layers * 4 + 1) * 3 * 3  # query, key and value are one, and so are gate and up
+    inside = MODELS["llama"].layers * 2 * 3 if gates else 0
+    if remat == "none":
+        assert (found["products"], found["gates"]) == (products - inside, inside)
+    else:
+        assert found["gates"] > inside, "forward's is taken again"
 
 
 def test_only_large_products_that_fill_the_device_are_quacks() -> None:
@@ -97,6 +109,47 @@ def test_only_large_products_that_fill_the_device_are_quacks() -> None:
         and not products.lies(whole[:, :12])
         and not products.lies(whole.float())
     )
+
+
+@pytest.mark.parametrize("kind", gated.KINDS)
+@pytest.mark.parametrize("frozen", [(), ("gate", "up"), ("down",), ("x",)])
+def test_an_mlp_with_its_gate_inside_is_the_plain_one(one: Any, package: Package, kind: str, frozen: tuple[str, ...]) -> None:
+    """On one device, which makes copies of weights in the type of what they are multiplied by."""
+    par = dataclasses.replace(one(embed=16, mlp=24, seq=8, residual_seq=8, batch=2), quack=132, gated=True)
+    x, down, *wide = draw(1, 2, 8, 16), *(draw(i, 16, 24).float() for i in range(2, 5))
+    values = {"x": x, "gate": wide[0], "up": wide[1], "down": down}
+    free = {name: t for name, t in values.items() if name not in frozen}
+
+    def inside(free: dict[str, Tensor]) -> Tensor:
+        now = values | free
+        p = {name: {"weight": now[name]} for name in ("gate", "up", "down")}
+        assert mlp.fits(par, kind, "BRD", now["x"], p)
+        return mlp.mlp(par, kind, now["x"], p).sin().sum()
+
+    def plain(free: dict[str, Tensor]) -> Tensor:
+        now = {name: t.double() for name, t in (values | free).items()}
+        return ((gated.KINDS[kind][1](now["x"] @ now["gate"]) * (now["x"] @ now["up"])) @ now["down"].t()).sin().sum()
+
+    close(*({"value": v, **g} for g, v in (torch.func.grad_and_value(fn)(free) for fn in (inside, plain))), bound=1e-6)
+    assert len(package.gates) == 2 and package.gates[0].tile_n == package.gates[1].tile_n == 192
+
+
+def test_what_an_mlp_with_its_gate_inside_is_not_for(one: Any, package: Package) -> None:
+    par = dataclasses.replace(one(embed=16, mlp=24, seq=8, residual_seq=8, batch=2), quack=132, gated=True)
+    x = draw(1, 2, 8, 16)
+    p = {name: {"weight": draw(2, 16, 24).float()} for name in ("gate", "up", "down")}
+    assert mlp.fits(par, "swiglu", "BRD", x, p)
+    assert not mlp.fits(dataclasses.replace(par, gated=False), "swiglu", "BRD", x, p)
+    assert not mlp.fits(dataclasses.replace(par, fp8="tensor"), "swiglu", "BRD", x, p)
+    assert not mlp.fits(par, "geglu", "BRD", x, p), "the package's gelu is the one by tanh"
+    assert not mlp.fits(par, "swiglu", "BRD", x, {**p, "gate": {**p["gate"], "bias": x}}) and not mlp.fits(par, "swiglu", "BRD", x, {})
+    assert not mlp.fits(par, "swiglu", "BRD", x.float(), p), "weights that are used as they lie would be copied to take turns"
+
+
+def test_only_large_mlps_have_their_gate_inside() -> None:
+    assert gated.fits(132, "swiglu", 16384, 4096, 14336) and gated.fits(132, "swiglu", 32768, 2048, 8192)
+    assert not gated.fits(132, "swiglu", 256, 4096, 14336) and not gated.fits(132, "geglu", 16384, 4096, 14336)
+    assert not gated.fits(132, "swiglu", 16384, 4096, 14340), "rows of what is copied into a kernel begin at multiples of 16 bytes"
 
 
 def test_a_product_names_its_kernel(package: Package) -> None:
@@ -144,3 +197,32 @@ def test_on_a_gpu_products_are_those_of_float32(shape: tuple[int, int, int]) -> 
         want, got, usual = a.float() @ b.float(), products.launch(a, b), a @ b
         assert (got.float() - want).norm() <= 1.01 * (usual.float() - want).norm()
         assert torch.equal(got, products.launch(a, b))
+
+
+@pytest.mark.skipif(
+    products.refuses(torch.device("cuda"), torch.bfloat16) is not None if torch.cuda.is_available() else True,
+    reason="needs a Hopper GPU and quack-kernels",
+)
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("swiglu", (2048, 1024, 6144)), ("geglu_tanh", (1024, 2048, 2056)), ("reglu", (512, 512, 1000))]
+)
+def test_on_a_gpu_gates_inside_are_those_of_float32(kind: str, shape: tuple[int, int, int]) -> None:
+    assert gated.there()
+    rows, inner, columns = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((rows, inner), (inner, 2 * columns), (inner, columns), (rows, inner))
+    x, wide, down, grad = (torch.randn(size, generator=generator, device="cuda").to(torch.bfloat16) for size in shapes)
+    wide = (wide * inner**-0.5).to(torch.bfloat16)
+
+    def inside(gate: Tensor, up: Tensor) -> Tensor:
+        return gated.KINDS[kind][1](gate) * up
+
+    pairs, out = gated.launch(x, wide, kind)
+    d_pairs, again = gated.launch_back(grad, down, pairs, kind)
+    exact = x.float() @ wide.float()
+    made, pull = torch.func.vjp(inside, pairs[:, ::2].float(), pairs[:, 1::2].float())
+    back = torch.stack(pull(grad.float() @ down.float()), -1).flatten(1)
+    for got, want in ((pairs, exact), (out, inside(exact[:, ::2], exact[:, 1::2])), (again, made), (d_pairs, back)):
+        assert (got.float() - want).norm() < 4e-3 * want.norm()
+    twice = (*gated.launch(x, wide, kind), *gated.launch_back(grad, down, pairs, kind))
+    assert all(torch.equal(a, b) for a, b in zip(twice, (pairs, out, d_pairs, again), strict=True))

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mtl.kernels import counters, fp8
+from mtl.kernels.columns import beside, cut
 
 GATHERS, SUMS = 4, 3
 """How many gathers and sums may be under way at once."""
@@ -32,9 +33,9 @@ PAGE = 4096
 _symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
 _c10d: Any = importlib.import_module("torch._C._distributed_c10d")
 _library: Any = torch.library.Library("mtl_engine", "DEF")
-_library.define("gather(Tensor[] shards, Tensor? scale, ScalarType dtype, int size, str group) -> Tensor")
+_library.define("gather(Tensor[] shards, Tensor? scale, ScalarType dtype, int size, str group, bool turns) -> Tensor")
 _library.define("send(Tensor parts, int size, str group) -> Tensor")
-_library.define("collect(Tensor sent, Tensor parts, int[] columns, ScalarType dtype, int size, str group) -> Tensor[]")
+_library.define("collect(Tensor sent, Tensor parts, int[] columns, ScalarType dtype, int size, str group, bool turns) -> Tensor[]")
 
 
 @dataclass
@@ -75,12 +76,12 @@ _LANDED: dict[int, Tensor] = {}
 _TICKETS = itertools.count()
 
 
-def gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str, scale: Tensor | None = None) -> Tensor:
+def gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str, scale: Tensor | None = None, turns: bool = False) -> Tensor:
     """Start to gather weights side by side, by rows, in ``dtype``: [rows, ...] each give [size x rows, columns]; `wait_tensor` ends it.
 
-    With a scale they are rounded from ``dtype`` to 8 bits by it, and travel so.
+    With a scale they are rounded from ``dtype`` to 8 bits by it, and travel so. With ``turns`` the columns of two weights take turns.
     """
-    return torch.ops.mtl_engine.gather(shards, scale, dtype, size, group)  # pyright: ignore
+    return torch.ops.mtl_engine.gather(shards, scale, dtype, size, group, turns)  # pyright: ignore
 
 
 def send(parts: Tensor, size: int, group: str) -> Tensor:
@@ -88,12 +89,14 @@ def send(parts: Tensor, size: int, group: str) -> Tensor:
     return torch.ops.mtl_engine.send(parts, size, group)  # pyright: ignore
 
 
-def collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str) -> list[Tensor]:
-    """Sum what the members sent in ``dtype``, cut by columns."""
-    return torch.ops.mtl_engine.collect(sent, parts, columns, dtype, size, group)  # pyright: ignore
+def collect(
+    sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool = False
+) -> list[Tensor]:
+    """Sum what the members sent in ``dtype``, cut by columns, which with ``turns`` are two weights' in turn."""
+    return torch.ops.mtl_engine.collect(sent, parts, columns, dtype, size, group, turns)  # pyright: ignore
 
 
-def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str) -> Tensor:
+def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str, turns: bool) -> Tensor:
     flat = [shard.flatten(1) for shard in shards]
     rows, columns = flat[0].shape[0], sum(x.shape[1] for x in flat)
     through, dtype = dtype, dtype if scale is None else fp8.VALUES
@@ -105,7 +108,9 @@ def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size
         for member in channel.others():
             channel.await_(main, member, 1, number - channel.slots + 1)
     mine, at = channel.slot(me, number, (rows, columns), dtype), 0
-    for x in flat:
+    if turns:
+        _cast_in_turn(flat, mine)
+    for x in [] if turns else flat:
         target = mine[:, at : at + x.shape[1]]
         if scale is None:
             _cast(x, target)
@@ -146,27 +151,34 @@ def _send(parts: Tensor, size: int, group: str) -> Tensor:
     return torch.tensor([ticket])
 
 
-def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str) -> list[Tensor]:
+def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool) -> list[Tensor]:
     (channel, number), main = _SENT.pop(int(sent)), torch.cuda.current_stream()
     main.wait_event(channel.events[number % channel.slots])  # this one's parts have left, so their memory may be used again
     for member in channel.others():
         channel.await_(main, member, 0, number + 1)
     landed = channel.slot(channel.handle.rank, number, (size, parts.shape[0] // size, sum(columns)), parts.dtype)
-    sums = added(landed, columns, dtype)
+    sums = added(landed, columns, dtype, turns)
     for member in channel.others():
         channel.tell(main, member, 1, number + 1)
     return sums
 
 
-def added(landed: Tensor, columns: list[int], dtype: torch.dtype) -> list[Tensor]:
+def added(landed: Tensor, columns: list[int], dtype: torch.dtype, turns: bool = False) -> list[Tensor]:
     """Sum what landed, [size, rows, columns], over the members in a type, cut by columns."""
     kernel = _kernel() if landed.device.type == "cuda" else None
-    return [part.sum(0, dtype=dtype) for part in landed.split(columns, 2)] if kernel is None else kernel.sums(landed, columns, dtype)
+    if kernel is None:
+        return [part.sum(0, dtype=dtype) for part in cut(landed, columns, turns)]
+    return kernel.sums_in_turn(landed, dtype) if turns else kernel.sums(landed, columns, dtype)
 
 
 def _cast(x: Tensor, out: Tensor) -> None:
     kernel = _kernel() if x.device.type == "cuda" else None
     out.copy_(x) if kernel is None else kernel.cast(x, out)
+
+
+def _cast_in_turn(pair: list[Tensor], out: Tensor) -> None:
+    kernel = _kernel() if out.device.type == "cuda" else None
+    out.copy_(beside(pair, turns=True)) if kernel is None else kernel.cast_in_turn(*pair, out)
 
 
 @functools.cache
@@ -176,7 +188,7 @@ def _kernel() -> Any:
     return importlib.import_module("mtl.kernels.engine_triton") if there else None
 
 
-def _gather_shape(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str) -> Tensor:
+def _gather_shape(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str, turns: bool) -> Tensor:
     columns = sum(x[0].numel() for x in shards)
     return shards[0].new_empty((size * shards[0].shape[0], columns), dtype=dtype if scale is None else fp8.VALUES)
 
@@ -185,13 +197,13 @@ def _send_shape(parts: Tensor, size: int, group: str) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu" if parts.device.type != "meta" else "meta")
 
 
-def _collect_shape(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str) -> list[Tensor]:
+def _collect_shape(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool) -> list[Tensor]:
     return [parts.new_empty((parts.shape[0] // size, width), dtype=dtype) for width in columns]
 
 
-def _cpu_gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str) -> Tensor:
+def _cpu_gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str, turns: bool) -> Tensor:
     flat = [shard.flatten(1) for shard in shards]
-    mine = torch.cat([x.to(dtype) for x in flat], 1) if scale is None else fp8.side_by_side(flat, scale, dtype)
+    mine = beside([x.to(dtype) for x in flat], turns).contiguous() if scale is None else fp8.side_by_side(flat, scale, dtype)
     out = mine.new_empty((size * mine.shape[0], mine.shape[1]))
     pair = (out, mine) if scale is None else (out.view(torch.uint8), mine.view(torch.uint8))  # gloo knows no 8-bit floats
     dist.all_gather_into_tensor(*pair, group=_c10d._resolve_process_group(group))  # pyright: ignore[reportDeprecated]
@@ -205,9 +217,9 @@ def _cpu_send(parts: Tensor, size: int, group: str) -> Tensor:
     return torch.tensor([ticket])
 
 
-def _cpu_collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str) -> list[Tensor]:
+def _cpu_collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool) -> list[Tensor]:
     landed = _LANDED.pop(int(sent)).view(size, parts.shape[0] // size, -1)
-    return added(landed, columns, dtype)
+    return added(landed, columns, dtype, turns)
 
 
 for _name, _gpu, _cpu, _shape in (

@@ -70,10 +70,10 @@ def multiply(units: int, a: Tensor, b: Tensor) -> Tensor:
     return op(a, b)
 
 
-def wins(rows: int, columns: int, inner: int, units: int) -> bool:
+def wins(rows: int, columns: int, inner: int, units: int, tile: tuple[int, int] = TILE) -> bool:
     """Tell whether quack's kernel is the faster one for a product on a device of so many multiprocessors."""
-    rounds = -(-(-(-rows // TILE[0]) * -(-columns // TILE[1])) // units)
-    return rows * columns * inner >= LEAST and rows * columns >= FULL * rounds * units * TILE[0] * TILE[1]
+    rounds = -(-(-(-rows // tile[0]) * -(-columns // tile[1])) // units)
+    return rows * columns * inner >= LEAST and rows * columns >= FULL * rounds * units * tile[0] * tile[1]
 
 
 def lies(x: Tensor) -> bool:

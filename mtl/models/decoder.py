@@ -15,7 +15,7 @@ from mtl.axes import LETTERS
 from mtl.errors import UserError, unknown
 from mtl.kernels.results import Results
 from mtl.models import token
-from mtl.ops import alibi
+from mtl.ops import alibi, gated
 from mtl.ops.attention import attention
 from mtl.ops.cache import cached_attention
 from mtl.ops.cross_entropy import cross_entropy, next_token_logits
@@ -377,6 +377,8 @@ def _pieces(par: Parallel, h: Tensor, wide: int) -> int:
 def _whole_mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
     drops = _drops(cfg, par, stream)
     names = ("gate", "up") if cfg.activation in GATED else ("up",)
+    if again is _as_is and not drops and gated.fits(par, cfg.activation, _input(cfg), h, p):
+        return gated.mlp(par, cfg.activation, h, p)
     inner = project_all(par, h, p, dict.fromkeys(names, f"{_input(cfg)},DF->BSF"), drops)
 
     def activation(*inner: Tensor) -> Tensor:

@@ -85,6 +85,13 @@ def may_join(par: Parallel, letters: Sequence[str], ws: Sequence[Tensor]) -> boo
     return whole and all(move.gathers == moves[0].gathers for move in moves) and all(dim == 0 for dim, _, _ in moves[0].gathers)
 
 
+def moves_beside(par: Parallel, letters: str, ws: Sequence[Tensor], dtype: torch.dtype) -> Move | None:
+    """Tell how weights spelled alike travel, where several of them can be one matrix in use at no cost and none is padded; else None."""
+    moves = [_move(par, letters, w) for w in ws]
+    whole = all(_padded(par, letters, w) is w for w in ws)
+    return moves[0] if whole and _alike(moves, ws, dtype, spread=False) else None
+
+
 def at_hand(par: Parallel, letters: str, w: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether a weight at rest is used as it lies: neither gathered nor cast nor padded."""
     return w.dtype == dtype and not _move(par, letters, w).gathers and _padded(par, letters, w) is w

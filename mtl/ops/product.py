@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.func import vjp
 
 from mtl.kernels import copy_engine, fp8
+from mtl.kernels.columns import beside, cut
 from mtl.kernels.products import multiply
 from mtl.ops.late import after
 from mtl.ops.piecewise import Gathered, Summed
@@ -32,22 +33,23 @@ from mtl.sharding.collectives import (
 class Move:
     """How weights go from rest to compute: gathers as (dim, size, group), the type that gradients are summed in and the one at rest.
 
-    Weights side by side, ``split`` of their dimensions being rows, move as one. With ``engine`` the copy engines move them.
+    Weights side by side, ``split`` of their dimensions being rows, move as one; with ``turns`` their columns take turns. With ``engine``
+    the copy engines move them.
     """
 
     gathers: tuple[tuple[int, int, str], ...]
     reduce: torch.dtype
     rest: torch.dtype
     engine: bool = False
+    turns: bool = False
 
     def fetch(self, shards: Sequence[Tensor], split: int, dtype: torch.dtype) -> Tensor:
         """Bring shards to the weight in use, in a type; without a derivative where it gathers."""
         if self._by_engine(split):
             _, size, group = self.gathers[0]
-            whole = wait(copy_engine.gather(list(shards), dtype, size, group))
+            whole = wait(copy_engine.gather(list(shards), dtype, size, group, turns=self.turns))
             return whole if len(shards) > 1 else whole.view(size * shards[0].shape[0], *shards[0].shape[1:])
-        w = shards[0] if len(shards) == 1 else torch.cat([shard.to(dtype).flatten(split) for shard in shards], -1)
-        w = w.to(dtype)
+        w = shards[0].to(dtype) if len(shards) == 1 else beside([shard.to(dtype).flatten(split) for shard in shards], self.turns)
         for dim, size, group in self.gathers:
             w = gather_raw(w, dim, size, group)
         return w
@@ -77,7 +79,7 @@ class Move:
         if self._by_engine(split):
             _, size, group = self.gathers[0]
             rows = grad.reshape(grad.shape[0], -1)
-            parts = copy_engine.collect(copy_engine.send(rows, size, group), rows, columns, self.reduce, size, group)
+            parts = copy_engine.collect(copy_engine.send(rows, size, group), rows, columns, self.reduce, size, group, self.turns)
             return [part.view(shape).to(self.rest) for part, shape in zip(parts, shapes, strict=True)]
         for dim, size, group in reversed(self.gathers):
             # Widened before it travels, a product's 16-bit gradient would be twice the bytes with the same bits in them.
@@ -88,7 +90,7 @@ class Move:
         grad = grad.to(self.rest)
         if len(shapes) == 1:
             return [grad]
-        return [part.reshape(shape) for part, shape in zip(grad.split(columns, -1), shapes, strict=True)]
+        return [part.reshape(shape) for part, shape in zip(cut(grad, columns, self.turns), shapes, strict=True)]
 
     def _by_engine(self, split: int) -> bool:
         return self.engine and len(self.gathers) == 1 and self.gathers[0][0] == 0 and split == 1
@@ -99,6 +101,12 @@ def fetched(dtype: torch.dtype, move: Move, split: int, *shards: Tensor) -> Tens
     out = _Fetch.apply(dtype, move, split, *shards) if move.gathers else move.fetch(shards, split, dtype)
     assert isinstance(out, Tensor)
     return out
+
+
+def given(move: Move, grad: Tensor, split: int, shapes: list[torch.Size]) -> list[Tensor]:
+    """Sum the gradient of a weight in use and cut it into the shards': the transpose of `fetched`."""
+    made: Any = _Give.apply(grad, move, split, shapes)
+    return list(made)
 
 
 class _Fetch(Function):
@@ -311,17 +319,17 @@ class _Product(Function):
             if isinstance(how.pieces, Summed):
                 d_rows, whole = how.pieces.pull(grad.unflatten(0, (rows.shape[0], -1)), matrix, how.transposed)
                 grad, rows = whole.flatten(0, 1), rows.flatten(0, 1)
-            given = how.gradient(grad, wanted, any(wanted_shards))
+            sides = how.gradient(grad, wanted, any(wanted_shards))
             if wanted:
-                d_rows = how.to_rows(given, matrix, scales, inner[0].dtype) if d_rows is None else d_rows
+                d_rows = how.to_rows(sides, matrix, scales, inner[0].dtype) if d_rows is None else d_rows
                 d_inner = [d_rows] if pull is None else pull(d_rows)
             if any(wanted_shards):  # frozen weights take none
-                d_matrix = how.to_matrix(given, rows, scales)
+                d_matrix = how.to_matrix(sides, rows, scales)
         d_shards: list[Tensor | None] = [None] * len(shards)
         if d_matrix is not None:
             shapes = [shard.shape for shard in shards]
-            given: Any = _Give.apply(d_matrix.view(how.move.whole(shapes, how.split)), how.move, how.split, shapes)
-            d_shards = [part if need else None for part, need in zip(given, wanted_shards, strict=True)]
+            parts = given(how.move, d_matrix.view(how.move.whole(shapes, how.split)), how.split, shapes)
+            d_shards = [part if need else None for part, need in zip(parts, wanted_shards, strict=True)]
         return None, *d_inner, *d_shards, *([None] * how.known)
 
 

@@ -25,7 +25,7 @@ class Parallel:
     would else do it ahead, and keep it. With ``engine`` the GPUs' copy engines move weights and their gradients: every group that gathers
     must be on one host; with ``piecewise`` they also serve tensor-parallel products, which are taken in pieces beside what they move. With
     ``fp8`` the layers' projections are multiplied in 8 bits, with one scale a side or one a row; else with
-    ``quack``, which is how many multiprocessors a GPU has, quack multiplies large ones.
+    ``quack``, which is how many multiprocessors a GPU has, quack multiplies large ones, and with ``gated`` takes large MLPs with a gate.
     """
 
     mesh: Mesh
@@ -39,6 +39,7 @@ class Parallel:
     piecewise: bool = False
     fp8: Literal["tensor", "rows"] | None = None
     quack: int = 0
+    gated: bool = False
     _layouts: dict[tuple[str, str], Layout] = field(default_factory=dict[tuple[str, str], Layout], repr=False)
 
     def layout(self, letters: str, table: str = "act") -> Layout:

@@ -9,13 +9,20 @@ def check(device: str) -> None:
     """Sums of parts side by side, and casts into rows that lie apart, have the bits of plain additions and copies."""
     torch.manual_seed(0)
     for kind, wide in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float32, torch.float64)):
-        for size, rows, columns in ((4, 5, [1500, 7, 1024]), (2, 3, [64]), (8, 1, [33, 2049])):
+        for size, rows, columns in ((4, 5, [1500, 7, 1024]), (2, 3, [64]), (8, 1, [33, 2049]), (4, 3, [2600])):
             landed = torch.randn(size, rows, sum(columns), device=device).to(kind)
             want = landed[0].to(wide)
             for member in landed[1:]:
                 want = want + member.to(wide)
             found = engine_triton.sums(landed, columns, wide)
             assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, want.split(columns, 1), strict=True)), (kind, size)
+            if len(columns) == 1:
+                a, b = (torch.randn(rows, 700, device=device).to(kind) for _ in range(2))
+                turned = torch.full((rows, 1400), torch.nan, device=device, dtype=torch.float16)
+                engine_triton.cast_in_turn(a, b, turned)
+                assert torch.equal(turned, torch.stack([a, b], -1).flatten(1).half())
+                found = engine_triton.sums_in_turn(landed, wide)
+                assert torch.equal(torch.stack(found, -1).flatten(1), want[:, : columns[0] // 2 * 2])
     whole = torch.zeros(6, 3000, device=device, dtype=torch.float16)
     x = torch.randn(6, 1100, device=device)
     engine_triton.cast(x, whole[:, 900:2000])
