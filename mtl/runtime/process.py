@@ -74,6 +74,8 @@ def prepare_environment(deterministic: bool = False, cache: Path | None = None, 
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # with 8, a receive that waits can hold up other streams, and its sender
     os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")  # copy engines need none of it
+    if torch.version.cuda and sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # else blocks that fit nothing stay: 5 of 51 GiB
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
