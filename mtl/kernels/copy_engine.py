@@ -33,9 +33,9 @@ PAGE = 4096
 _symmetric: Any = importlib.import_module("torch.distributed._symmetric_memory")
 _c10d: Any = importlib.import_module("torch._C._distributed_c10d")
 _library: Any = torch.library.Library("mtl_engine", "DEF")
-_library.define("gather(Tensor[] shards, Tensor? scale, ScalarType dtype, int size, str group, bool turns) -> Tensor")
+_library.define("gather(Tensor[] shards, Tensor? scale, ScalarType dtype, bool turns, int size, str group) -> Tensor")
 _library.define("send(Tensor parts, int size, str group) -> Tensor")
-_library.define("collect(Tensor sent, Tensor parts, int[] columns, ScalarType dtype, int size, str group, bool turns) -> Tensor[]")
+_library.define("collect(Tensor sent, Tensor parts, int[] columns, ScalarType dtype, bool turns, int size, str group) -> Tensor[]")
 
 
 @dataclass
@@ -81,7 +81,7 @@ def gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str, scal
 
     With a scale they are rounded from ``dtype`` to 8 bits by it, and travel so. With ``turns`` the columns of two weights take turns.
     """
-    return torch.ops.mtl_engine.gather(shards, scale, dtype, size, group, turns)  # pyright: ignore
+    return torch.ops.mtl_engine.gather(shards, scale, dtype, turns, size, group)  # pyright: ignore
 
 
 def send(parts: Tensor, size: int, group: str) -> Tensor:
@@ -93,10 +93,10 @@ def collect(
     sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool = False
 ) -> list[Tensor]:
     """Sum what the members sent in ``dtype``, cut by columns, which with ``turns`` are two weights' in turn."""
-    return torch.ops.mtl_engine.collect(sent, parts, columns, dtype, size, group, turns)  # pyright: ignore
+    return torch.ops.mtl_engine.collect(sent, parts, columns, dtype, turns, size, group)  # pyright: ignore
 
 
-def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str, turns: bool) -> Tensor:
+def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, turns: bool, size: int, group: str) -> Tensor:
     flat = [shard.flatten(1) for shard in shards]
     rows, columns = flat[0].shape[0], sum(x.shape[1] for x in flat)
     through, dtype = dtype, dtype if scale is None else fp8.VALUES
@@ -151,7 +151,7 @@ def _send(parts: Tensor, size: int, group: str) -> Tensor:
     return torch.tensor([ticket])
 
 
-def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool) -> list[Tensor]:
+def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, turns: bool, size: int, group: str) -> list[Tensor]:
     (channel, number), main = _SENT.pop(int(sent)), torch.cuda.current_stream()
     main.wait_event(channel.events[number % channel.slots])  # this one's parts have left, so their memory may be used again
     for member in channel.others():
@@ -188,7 +188,7 @@ def _kernel() -> Any:
     return importlib.import_module("mtl.kernels.engine_triton") if there else None
 
 
-def _gather_shape(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str, turns: bool) -> Tensor:
+def _gather_shape(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, turns: bool, size: int, group: str) -> Tensor:
     columns = sum(x[0].numel() for x in shards)
     return shards[0].new_empty((size * shards[0].shape[0], columns), dtype=dtype if scale is None else fp8.VALUES)
 
@@ -197,11 +197,11 @@ def _send_shape(parts: Tensor, size: int, group: str) -> Tensor:
     return torch.empty(1, dtype=torch.int64, device="cpu" if parts.device.type != "meta" else "meta")
 
 
-def _collect_shape(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool) -> list[Tensor]:
+def _collect_shape(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, turns: bool, size: int, group: str) -> list[Tensor]:
     return [parts.new_empty((parts.shape[0] // size, width), dtype=dtype) for width in columns]
 
 
-def _cpu_gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, size: int, group: str, turns: bool) -> Tensor:
+def _cpu_gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, turns: bool, size: int, group: str) -> Tensor:
     flat = [shard.flatten(1) for shard in shards]
     mine = beside([x.to(dtype) for x in flat], turns).contiguous() if scale is None else fp8.side_by_side(flat, scale, dtype)
     out = mine.new_empty((size * mine.shape[0], mine.shape[1]))
@@ -217,7 +217,7 @@ def _cpu_send(parts: Tensor, size: int, group: str) -> Tensor:
     return torch.tensor([ticket])
 
 
-def _cpu_collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, size: int, group: str, turns: bool) -> list[Tensor]:
+def _cpu_collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, turns: bool, size: int, group: str) -> list[Tensor]:
     landed = _LANDED.pop(int(sent)).view(size, parts.shape[0] // size, -1)
     return added(landed, columns, dtype, turns)
 
