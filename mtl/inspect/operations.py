@@ -98,6 +98,21 @@ def attention_flops(name: str, args: Any, kwargs: Mapping[str, Any]) -> int:
     return (10 if backward else 4) * batch * heads * head * pairs
 
 
+def attention_room(name: str, args: Any) -> int:
+    """Count the bytes that a fused attention's backward takes on GPUs beside its arguments and results.
+
+    Queries' gradients are summed in float32. Those of keys and values that several heads share are too in FlashAttention 4; the other
+    kernels make each head's and sum them.
+    """
+    if "attention" not in name or "backward" not in name or "for_cpu" in name or name.startswith("document"):
+        return 0
+    q, k, v = args[1:4]
+    shared = k.numel() < q.numel()
+    if name.startswith("flash4"):
+        return 4 * (q.numel() + (k.numel() + v.numel() if shared else 0))
+    return 4 * q.numel() + (2 * q.numel() * q.element_size() if shared else 0)
+
+
 def band(queries: int, keys: int, left: int, right: int) -> int:
     """Count the pairs of a window, counted from the lower right corner of the score matrix; -1 is no limit."""
     shift = keys - queries

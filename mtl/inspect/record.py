@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl import tree
-from mtl.inspect.operations import attention_flops, kind_of, matmul_shape
+from mtl.inspect.operations import attention_flops, attention_room, kind_of, matmul_shape
 from mtl.sharding.layout import Axes
 
 COLLECTIVES = {
@@ -154,6 +154,10 @@ class Recorder(TorchDispatchMode):
             shape = (inputs[0].shape[-1],)
         moved = 0 if kind == "view" else sum(x.numel() * x.element_size() for x in (*inputs, *results))
         wire = _wire(name, args, results)
+        if room := attention_room(name, args):  # what it takes while it runs is a buffer that nothing reads
+            self.trace.sizes[index := len(self.trace.sizes)] = room
+            self.trace.freed[index] = len(self.trace.ops)
+            makes = (*makes, index)
         self.trace.ops.append(Op(name, kind, self.scope, self.layer, reads, makes, writes, flops, shape, wire, moved))
         self.sweep()
         return out

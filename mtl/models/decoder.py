@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtl import random
+from mtl import random, tree
 from mtl.axes import LETTERS
 from mtl.errors import UserError, unknown
 from mtl.kernels.results import Results
@@ -26,7 +26,7 @@ from mtl.ops.norm import layer_norm, rms_norm
 from mtl.ops.remat import remat
 from mtl.ops.rotary import RopeScaling, angles, rotate
 from mtl.params import ParamSpec
-from mtl.runtime.stored import stored
+from mtl.runtime.stored import gradient_stored, stored
 from mtl.sharding.parallel import Parallel
 
 Params = Mapping[str, Any]
@@ -358,7 +358,7 @@ def _mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again
     pieces = 1 if cfg.dropout_lora else _pieces(par, h, len(names) * cfg.mlp)
     if pieces > 1:
         run = remat(lambda p, h: _whole_mlp(cfg, par, p, h, {}, again), par.late)
-        mine = {name: p[name] for name in (*names, "down")}
+        mine = tree.map(gradient_stored, {name: p[name] for name in (*names, "down")})  # else all pieces' parts of it would live on
         return torch.cat([run(mine, part) for part in h.tensor_split(pieces, 1)], 1)
     return _whole_mlp(cfg, par, p, h, stream, again)
 

@@ -55,3 +55,26 @@ def stored(x: Tensor, gradient: bool = False) -> Tensor:
     out = _Stored.apply(x, gradient)
     assert isinstance(out, Tensor)
     return out
+
+
+class _GradientStored(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return stored(grad)
+
+
+def gradient_stored(x: Tensor) -> Tensor:
+    """Give the same tensor, whose gradient a compiled graph holds in memory, as one sum: for what is used in several places."""
+    out = _GradientStored.apply(x)
+    assert isinstance(out, Tensor)
+    return out
