@@ -20,7 +20,7 @@ from mtl.cli import plan as command
 from mtl.errors import UserError
 from mtl.inspect import hardware
 from mtl.inspect.count import count
-from mtl.inspect.operations import band
+from mtl.inspect.operations import attention_room, band
 from mtl.inspect.plan import PARTS, make_plan, memory
 from mtl.inspect.record import Wire
 from mtl.inspect.timing import beside_product, traffic
@@ -277,6 +277,24 @@ def test_communication_beside_products_is_told_apart() -> None:
     beside = [k.op for i, k in enumerate(life.kernels) if beside_product(life, i)]
     assert sorted(op.name for op in beside) == ["all_gather_into_tensor"] * 4 + ["all_to_all_single"] * 4
     assert {op.scope for op in beside} == {"backward"}
+
+
+def test_an_mlp_in_pieces_leaves_one_gradient_of_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: 2 bytes of a weight and 4 of its gradient a layer, whereas eight pieces' gradients would be 16 bytes."""
+    monkeypatch.setattr(decoder, "MLP_BYTES", 65536 * 2 * 8192 * 2 // 8)
+    peaks: list[int] = []
+    for layers in (4, 8):
+        job, _ = preset_job("llama_1b", MeshShape(), 1, 65536, layers=layers, remat="full", compile="step", offload="both")
+        peaks.append(memory(planning.record(job)).peak)
+    layer = 2048 * (2 * 32 + 2 * 8) * 64 + 3 * 2048 * 8192
+    assert 5 * layer < (peaks[1] - peaks[0]) / 4 < 6.1 * layer
+
+
+@pytest.mark.parametrize(("name", "mebibytes"), [("flash4_attention_backward", 580), ("_scaled_dot_product_cudnn_attention_backward", 706)])
+def test_what_attention_takes_for_backward_was_measured(name: str, mebibytes: int) -> None:
+    """On an H200, 2 x 8192 tokens, 32 query and 8 key heads of 128, its results included."""
+    q, k, v = (torch.empty(2, 8192, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8, 8))
+    assert attention_room(name, (q, q, k, v)) + q.nbytes + k.nbytes + v.nbytes == pytest.approx(mebibytes * 2**20, rel=0.01)
 
 
 @pytest.mark.parametrize("layers", [3, 8])
