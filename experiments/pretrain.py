@@ -141,8 +141,8 @@ def parallel(setup: Experiment, rules: Rules, shape: MeshShape, precision: Preci
     pieces = takes_pieces(setup, rules, shape, precision, engine or (at.device.type == "cpu" and setup.tensor.overlap == "on"))
     mesh, whole = make_mesh(shape, at.device.type), sizes(setup, rules, shape)
     by = products.choose(setup.products, at.device, precision.compute)
-    gates = by > 0 and gated.there()
-    return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8, quack=by, gated=gates)
+    inside = at.device.type == "cuda" and process.all_agree(by > 0 and gated.there(), at)  # it decides how weights travel
+    return Parallel(mesh, rules, whole, precision.reduce, engine=engine, piecewise=pieces, fp8=precision.fp8, quack=by, gated=inside)
 
 
 def sizes(setup: Experiment, rules: Rules, shape: MeshShape) -> dict[str, int]:
@@ -292,6 +292,7 @@ def resolved(par: Parallel, shape: MeshShape, precision: Precision) -> dict[str,
     tables = {name: dict(getattr(rules, name)) for name in ("store", "compute", "act")}
     how = {"gather": rules.gather, "order": rules.order, "transport": "engine" if par.engine else "collectives"}
     how |= {"tensor_overlap": "on" if par.piecewise else "off", "products": "quack" if par.quack else "torch"}
+    how |= {"gates": "inside products" if par.gated else "between products"}
     return {"rules": rules.name, **tables, **how, "mesh": shape.sizes(), "precision": precision.name}
 
 

@@ -18,7 +18,7 @@ from experiments.presets import PRESETS
 from experiments.settings import MeshSettings
 from mtl.cli import plan as command
 from mtl.errors import UserError
-from mtl.inspect import hardware
+from mtl.inspect import hardware, record
 from mtl.inspect.count import count
 from mtl.inspect.operations import attention_room, band
 from mtl.inspect.plan import PARTS, make_plan, memory
@@ -295,6 +295,16 @@ def test_what_attention_takes_for_backward_was_measured(name: str, mebibytes: in
     """On an H200, 2 x 8192 tokens, 32 query and 8 key heads of 128, its results included."""
     q, k, v = (torch.empty(2, 8192, heads, 128, dtype=torch.bfloat16, device="meta") for heads in (32, 8, 8))
     assert attention_room(name, (q, q, k, v)) + q.nbytes + k.nbytes + v.nbytes == pytest.approx(mebibytes * 2**20, rel=0.01)
+
+
+@pytest.mark.parametrize("compile", ["none", "step"])
+def test_what_attention_takes_for_backward_is_counted(compile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So much that it decides the peak."""
+    peaks: list[int] = []
+    for more in (0, 1 << 40):
+        monkeypatch.setattr(record, "attention_room", lambda name, args, more=more: more * ("attention" in name and "backward" in name))
+        peaks.append(memory(planning.record(preset_job("llama_1b", MeshShape(), 1, 1024, layers=2, compile=compile)[0])).peak)
+    assert (1 << 40) < peaks[1] < (1 << 40) + peaks[0]
 
 
 @pytest.mark.parametrize("layers", [3, 8])

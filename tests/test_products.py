@@ -20,6 +20,7 @@ from mtl.optim.optimizers import adamw
 from mtl.optim.schedules import schedule
 from mtl.params import decayed
 from mtl.precision import PRECISIONS
+from mtl.sharding.layout import Layout
 from mtl.sharding.shard_map import to_local
 from mtl.train.state import init_state
 from mtl.train.step import StepOptions, make_step
@@ -123,7 +124,7 @@ def test_an_mlp_with_its_gate_inside_is_the_plain_one(one: Any, package: Package
     def inside(free: dict[str, Tensor]) -> Tensor:
         now = values | free
         p = {name: {"weight": now[name]} for name in ("gate", "up", "down")}
-        assert mlp.fits(par, kind, "BRD", now["x"], p)
+        assert mlp.fits(par, kind, now["x"], p)
         return mlp.mlp(par, kind, now["x"], p).sin().sum()
 
     def plain(free: dict[str, Tensor]) -> Tensor:
@@ -138,12 +139,16 @@ def test_what_an_mlp_with_its_gate_inside_is_not_for(one: Any, package: Package)
     par = dataclasses.replace(one(embed=16, mlp=24, seq=8, residual_seq=8, batch=2), quack=132, gated=True)
     x = draw(1, 2, 8, 16)
     p = {name: {"weight": draw(2, 16, 24).float()} for name in ("gate", "up", "down")}
-    assert mlp.fits(par, "swiglu", "BRD", x, p)
-    assert not mlp.fits(dataclasses.replace(par, gated=False), "swiglu", "BRD", x, p)
-    assert not mlp.fits(dataclasses.replace(par, fp8="tensor"), "swiglu", "BRD", x, p)
-    assert not mlp.fits(par, "geglu", "BRD", x, p), "the package's gelu is the one by tanh"
-    assert not mlp.fits(par, "swiglu", "BRD", x, {**p, "gate": {**p["gate"], "bias": x}}) and not mlp.fits(par, "swiglu", "BRD", x, {})
-    assert not mlp.fits(par, "swiglu", "BRD", x.float(), p), "weights that are used as they lie would be copied to take turns"
+    assert mlp.fits(par, "swiglu", x, p)
+    assert not mlp.fits(dataclasses.replace(par, gated=False), "swiglu", x, p)
+    assert not mlp.fits(dataclasses.replace(par, fp8="tensor"), "swiglu", x, p)
+    assert not mlp.fits(par, "geglu", x, p), "the package's gelu is the one by tanh"
+    assert not mlp.fits(par, "swiglu", x, {**p, "gate": {**p["gate"], "bias": x}}) and not mlp.fits(par, "swiglu", x, {})
+    split = one(embed=16, mlp=24, seq=8, residual_seq=8, batch=2)
+    split._layouts["S", "act"] = Layout((("tensor",),))
+    apart = dataclasses.replace(split, quack=132, gated=True)
+    assert not mlp.fits(apart, "swiglu", x, p), "a sequence that is split otherwise around the MLP would have to be gathered"
+    assert not mlp.fits(par, "swiglu", x.float(), p), "weights that are used as they lie would be copied to take turns"
 
 
 def test_only_large_mlps_have_their_gate_inside() -> None:

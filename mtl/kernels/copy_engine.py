@@ -81,6 +81,7 @@ def gather(shards: list[Tensor], dtype: torch.dtype, size: int, group: str, scal
 
     With a scale they are rounded from ``dtype`` to 8 bits by it, and travel so. With ``turns`` the columns of two weights take turns.
     """
+    assert not turns or (len(shards) == 2 and scale is None), "two weights in 16 bits or more take turns"
     return torch.ops.mtl_engine.gather(shards, scale, dtype, turns, size, group)  # pyright: ignore
 
 

@@ -1,11 +1,12 @@
 """Products with a gate inside, by quack's kernels: forward's also makes activation(gate) x up, backward's also the derivative of that.
 
-Gate's and up's columns take turns, so that both of a pair lie in one thread's registers. What is written to memory and read again between
-a product and its activation costs 3 % of a training step, and at the chip's power limit its energy too.
+Gate's and up's columns take turns, so that both of a pair lie in one thread's registers. No kernel reads again what a product wrote in
+order to apply the activation (docs/performance.md).
 """
 
 import functools
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -43,13 +44,14 @@ def fits(units: int, kind: str, rows: int, inner: int, columns: int) -> bool:
 
 @functools.cache
 def there() -> bool:
-    """Tell whether the package has them; it refuses them where it was not installed as packages are."""
+    """Tell whether the package has them, as they are called here; it refuses them where it does not lie in a folder of packages."""
     try:
         importlib.import_module("quack.epilogue.library")
-        _package()
+        run, back, _, _ = _package()
     except Exception:
         return False
-    return True
+    called = ((run, "A B activation preact_out postact_out"), (back, "A B PreAct activation dx_out postact_out dynamic_scheduler"))
+    return all({*names.split(), "tuned", "config"} <= {*inspect.signature(fn).parameters} for fn, names in called)
 
 
 @functools.cache

@@ -377,7 +377,7 @@ def _pieces(par: Parallel, h: Tensor, wide: int) -> int:
 def _whole_mlp(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any) -> Tensor:
     drops = _drops(cfg, par, stream)
     names = ("gate", "up") if cfg.activation in GATED else ("up",)
-    if again is _as_is and not drops and gated.fits(par, cfg.activation, _input(cfg), h, p):
+    if again is _as_is and not drops and gated.fits(par, cfg.activation, h, p):
         return gated.mlp(par, cfg.activation, h, p)
     inner = project_all(par, h, p, dict.fromkeys(names, f"{_input(cfg)},DF->BSF"), drops)
 

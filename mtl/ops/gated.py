@@ -28,16 +28,16 @@ class How:
     late: bool
 
 
-def fits(par: Parallel, kind: str, letters: str, x: Tensor, p: Mapping[str, Any]) -> bool:
-    """Tell whether the kernels take an MLP whose input is spelled so: weights alone, the hidden size whole on every device, and large."""
+def fits(par: Parallel, kind: str, x: Tensor, p: Mapping[str, Any]) -> bool:
+    """Tell whether the kernels take an MLP: weights alone, the hidden size whole, the sequence as around it, and large."""
     if not par.gated or par.fp8 or par.piecewise or any(p.get(name, {}).keys() != {"weight"} for name in NAMES):
         return False
-    if par.mesh.size(par.axes("F", "compute")) > 1 or (letters == "BRD" and par.axes("R") != par.axes("S")):
+    if par.mesh.size(par.axes("F", "compute")) > 1 or par.axes("R") != par.axes("S"):
         return False
     ws = [p[name]["weight"] for name in NAMES]
     if moves_beside(par, "DF", ws, x.dtype) is None:
         return False
-    return gated.fits(par.quack, kind, x[..., 0].numel(), x.shape[-1], ws[0].shape[1])
+    return gated.fits(par.quack, kind, x.numel() // x.shape[-1], x.shape[-1], ws[0].shape[1])
 
 
 def mlp(par: Parallel, kind: str, x: Tensor, p: Mapping[str, Any]) -> Tensor:
@@ -66,6 +66,7 @@ class _Mlp(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[1:], output[1])
         ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # zeros would be made for what has no gradient
         ctx.how = inputs[0]
 
     @staticmethod

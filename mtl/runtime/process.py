@@ -106,6 +106,15 @@ def process_group(at: Place) -> Generator[None]:
     dist.destroy_process_group()
 
 
+def all_agree(flag: bool, at: Place) -> bool:
+    """Tell whether a flag holds on every rank."""
+    if at.world > 1:
+        votes = torch.tensor(int(flag), device=at.device)
+        dist.all_reduce(votes, dist.ReduceOp.MIN)
+        return bool(votes.item())
+    return flag
+
+
 def on_first_rank(check: Callable[[], str]) -> str:
     """Run a function on rank 0 and give its result to every rank; its UserError ends all of them."""
     answer: list[tuple[str, str]] = []

@@ -74,7 +74,10 @@ class _GradientStored(Function):
 
 
 def gradient_stored(x: Tensor) -> Tensor:
-    """Give the same tensor, whose gradient a compiled graph holds in memory, as one sum: for what is used in several places."""
+    """Give the same tensor, whose gradient a compiled graph holds in memory, as one sum: for what is used in several places.
+
+    Without a compiler that gradient is copied.
+    """
     out = _GradientStored.apply(x)
     assert isinstance(out, Tensor)
     return out

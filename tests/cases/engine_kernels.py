@@ -17,8 +17,8 @@ def check(device: str) -> None:
             found = engine_triton.sums(landed, columns, wide)
             assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, want.split(columns, 1), strict=True)), (kind, size)
             if len(columns) == 1:
-                a, b = (torch.randn(rows, 700, device=device).to(kind) for _ in range(2))
-                turned = torch.full((rows, 1400), torch.nan, device=device, dtype=torch.float16)
+                a, b = (torch.randn(2600, rows, device=device).to(kind).t() for _ in range(2))
+                turned = torch.full((rows, 5200), torch.nan, device=device, dtype=torch.float16)
                 engine_triton.cast_in_turn(a, b, turned)
                 assert torch.equal(turned, torch.stack([a, b], -1).flatten(1).half())
                 found = engine_triton.sums_in_turn(landed, wide)
