@@ -151,7 +151,7 @@ def engine_transfers(table: str, world: int, model: str, remat: str, precision: 
     class Slots(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.mtl_engine.gather.default:
-                shards, scale, dtype, _, group = args
+                shards, scale, dtype, *_, group = args
                 itemsize = dtype.itemsize if scale is None else 1
                 seen.append(("gather", axes_of[group], sum(x.numel() for x in shards) * itemsize))
             if func is torch.ops.mtl_engine.send.default:
