@@ -179,17 +179,29 @@ def test_the_bench_tells_cold_from_warm(tmp_path: Path) -> None:
     assert found[1]["first step"] < found[0]["first step"] and "cold" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["writes", "gives_its_own", "gives_a_part", "pure"])
+_library: Any = torch.library.Library("mtl_test_startup", "DEF")
+_library.define("put(Tensor(a!) x, Tensor y) -> Tensor")
+_library.impl("put", lambda x, y: (x.add_(y), x + 1)[1], "CPU")
+torch.library.register_fake("mtl_test_startup::put", lambda x, y: torch.empty_like(x), lib=_library)
+
+
+@pytest.mark.parametrize("name", ["writes", "writes_by_an_operation", "gives_its_own", "gives_a_part", "pure"])
 def test_what_writes_or_gives_its_arguments_is_run_for_its_effects(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    kinds = {"writes": lambda x: x.mul_(3) + 1, "gives_its_own": lambda x: (x, x + 1), "gives_a_part": lambda x: (x.t()[0], x + 1)}
+    put: Any = torch.ops.mtl_test_startup.put
+    kinds = {
+        "writes_by_an_operation": lambda x: put(x, x.sin()),
+        "writes": lambda x: x.mul_(3) + 1,
+        "gives_its_own": lambda x: (x, x + 1),
+        "gives_a_part": lambda x: (x.t()[0], x + 1),
+    }
     fn = kinds.get(name, lambda x: (x.t() + 1, x.sum()))
     given, same = torch.arange(6.0).reshape(2, 3), torch.arange(6.0).reshape(2, 3)
     found, expected = tree.leaves(compiled(fn)(given)), tree.leaves(fn(same))
     assert torch.equal(given, same) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert [x.data_ptr() == given.data_ptr() for x in found] == [x.data_ptr() == same.data_ptr() for x in expected]
     said = json.loads(next((tmp_path / "mtl").iterdir()).read_text())
-    assert said["pure"] == (name == "pure")
+    assert said["writes_nothing"] == (name == "pure")
 
 
 def test_shapes_are_recalled_for_the_same_name_and_arguments_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

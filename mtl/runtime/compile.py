@@ -93,10 +93,13 @@ def _compile_flat(
             result[:] = [found.structure]
             return found.make()
         before = remembered.versions(leaves) if asked == "shapes" else []
-        out, shape_of_result = tree.flatten((like if like is not None and asked == "shapes" else fn)(*tree.unflatten(structure, leaves)))
+        with remembered.Writes(leaves) if asked == "shapes" and like is None else contextlib.nullcontext() as writes:
+            made = (like if like is not None and asked == "shapes" else fn)(*tree.unflatten(structure, leaves))
+        out, shape_of_result = tree.flatten(made)
         result[:] = [shape_of_result]
         if asked == "shapes" and all(isinstance(x, torch.Tensor) for x in out):
-            found = remembered.Result(remembered.metas(out), shape_of_result, remembered.is_pure(before, leaves, out))
+            pure = remembered.is_pure(before, leaves, out) and not (writes and writes.seen)
+            found = remembered.Result(remembered.metas(out), shape_of_result, pure)
             if like is not None:
                 told.append((remembered.metas(leaves), found))
             if key is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtl import tree
 
@@ -39,6 +40,28 @@ def versions(leaves: Sequence[Tensor]) -> list[int]:
     return [-1 if x.is_inference() else x._version for x in leaves]  # pyright: ignore[reportPrivateUsage]
 
 
+class Writes(TorchDispatchMode):
+    """Notes whether operations write to some tensors: what an operation of a library's own writes to is not counted where no values are."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Watch some tensors."""
+        super().__init__()
+        self.held, self.seen = {_memory(x) for x in tensors}, False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation."""
+        given = [*zip(func._schema.arguments, args, strict=False), *((a, (kwargs or {}).get(a.name)) for a in func._schema.arguments)]
+        written = [x for a, x in given if a.alias_info is not None and a.alias_info.is_write]
+        tensors = [x for w in written for x in (w if isinstance(w, list | tuple) else [w]) if isinstance(x, Tensor)]
+        self.seen = self.seen or any(_memory(x) in self.held for x in tensors)
+        return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tell Dynamo to compile although this is active."""
+        return True
+
+
 def is_pure(before: list[int], leaves: Sequence[Tensor], out: Sequence[Any]) -> bool:
     """Tell whether a call wrote to none of its arguments, and gave tensors with memory of their own."""
     held = {_memory(x) for x in leaves}
@@ -62,7 +85,7 @@ def recall(key: str, leaves: Sequence[Tensor]) -> Result | None:
     """Find what a function of this name gave for arguments of these shapes."""
     try:
         found = json.loads(_file(key, leaves).read_text())
-        return Result([tuple(meta) for meta in found["metas"]], tree.read_structure(found["structure"]), found["pure"])
+        return Result([tuple(meta) for meta in found["metas"]], tree.read_structure(found["structure"]), found["writes_nothing"])
     except (OSError, ValueError, KeyError):
         return None
 
@@ -71,7 +94,7 @@ def remember(key: str, leaves: Sequence[Tensor], result: Result) -> None:
     """Keep what a function gave; where the folder cannot be written to, or the structure not be spelled, nothing is kept."""
     file = _file(key, leaves)
     try:
-        text = json.dumps({"metas": result.metas, "structure": tree.spell_structure(result.structure), "pure": result.pure})
+        text = json.dumps({"metas": result.metas, "structure": tree.spell_structure(result.structure), "writes_nothing": result.pure})
         file.parent.mkdir(parents=True, exist_ok=True)
         own = file.with_suffix(f".{os.getpid()}")
         own.write_text(text)
