@@ -1,6 +1,8 @@
 """Products by quack's kernels: which ones, with a stand-in for the package; the package itself on a GPU that has it."""
 
 import dataclasses
+import sys
+import types
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,18 @@ def test_what_an_mlp_with_its_gate_inside_is_not_for(one: Any, package: Package)
     apart = dataclasses.replace(split, quack=132, gated=True)
     assert not mlp.fits(apart, "swiglu", x, p), "a sequence that is split otherwise around the MLP would have to be gathered"
     assert not mlp.fits(par, "swiglu", x.float(), p), "weights that are used as they lie would be copied to take turns"
+
+
+def test_why_gates_stay_outside_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def package() -> Any:
+        raise TypeError("no key")
+
+    monkeypatch.setattr(gated, "_package", package)
+    monkeypatch.setitem(sys.modules, "quack.epilogue.library", types.ModuleType("library"))
+    gated.there.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"gates stay outside quack's products: TypeError: no key"):
+        assert not gated.there()
+    gated.there.cache_clear()
 
 
 def test_only_large_mlps_have_their_gate_inside() -> None:

@@ -7,6 +7,7 @@ order to apply the activation (docs/performance.md).
 import functools
 import importlib
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def there() -> bool:
     try:
         importlib.import_module("quack.epilogue.library")
         run, back, _, _ = _package()
-    except Exception:
+    except Exception as error:
+        warnings.warn(f"MLPs' gates stay outside quack's products: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=2)
         return False
     called = ((run, "A B activation preact_out postact_out"), (back, "A B PreAct activation dx_out postact_out dynamic_scheduler"))
     return all({*names.split(), "tuned", "config"} <= {*inspect.signature(fn).parameters} for fn, names in called)
