@@ -14,6 +14,7 @@ import torch.distributed as dist
 import tyro
 
 from mtl.kernels import copy_engine
+from mtl.kernels.columns import beside
 from mtl.runtime import process
 from mtl.sharding.collectives import exchange_sum_raw, gather_raw, wait
 
@@ -25,7 +26,7 @@ class Bench:
     mib: int = 224
     """Size of the whole weight in 16 bits."""
     rounds: int = 20
-    checks: int = 40
+    checks: int = 200
 
 
 def main() -> None:
@@ -45,27 +46,31 @@ def main() -> None:
 
 
 def check(bench: Bench, at: process.Place, group: str) -> int:
-    """Count transfers that are not bitwise NCCL's, several under way at once."""
+    """Count transfers that are not bitwise NCCL's, several under way at once, while devices are late by turns."""
     generator = torch.Generator(at.device).manual_seed(at.rank)
     wrong, size = 0, at.world
     pending: list[tuple[Any, ...]] = []
     for i in range(bench.checks):
-        rows, widths = 16 << (i % 6), [256 * (1 + i % 3), 64, 64 * (1 + i % 5)]
+        turns = i % 4 == 3
+        rows, widths = 16 << (i % 6), [64 * (1 + i % 5)] * 2 if turns else [256 * (1 + i % 3), 64, 64 * (1 + i % 5)]
+        if torch.cuda.is_available() and i % size == at.rank:
+            torch.cuda._sleep(20_000_000)  # pyright: ignore[reportPrivateUsage]
         shards = [torch.randn(rows, width, generator=generator, device=at.device) for width in widths]
-        whole = copy_engine.gather(shards, torch.bfloat16, size, group)
+        whole = copy_engine.gather(shards, torch.bfloat16, size, group, turns=turns)
         grad = torch.randn(rows * size, sum(widths), generator=generator, device=at.device).bfloat16()
-        pending.append((shards, whole, grad, widths, copy_engine.send(grad, size, group)))
+        pending.append((shards, whole, grad, widths, copy_engine.send(grad, size, group), turns))
         if len(pending) == copy_engine.SUMS:
             wrong += _differs(pending.pop(0), size, group)
     return wrong + sum(_differs(one, size, group) for one in pending)
 
 
 def _differs(one: tuple[Any, ...], size: int, group: str) -> int:
-    shards, whole, grad, widths, sent = one
-    expected = gather_raw(torch.cat([s.bfloat16() for s in shards], 1), 0, size, group)
-    sums = copy_engine.collect(sent, grad, widths, torch.float32, size, group)
+    shards, whole, grad, widths, sent, turns = one
+    gathered = wait(whole).clone()  # before NCCL lets all devices wait for each other
+    sums = copy_engine.collect(sent, grad, widths, torch.float32, size, group, turns)
+    expected = gather_raw(beside([s.bfloat16() for s in shards], turns), 0, size, group)
     expected_sum = exchange_sum_raw(grad, 0, size, group, torch.float32)
-    return int(not (torch.equal(wait(whole), expected) and torch.equal(torch.cat(sums, 1), expected_sum)))
+    return int(not (torch.equal(gathered, expected) and torch.equal(beside(sums, turns), expected_sum)))
 
 
 def times(bench: Bench, at: process.Place, group: str) -> list[str]:

@@ -21,7 +21,7 @@ REDUCTIONS = (
 OPAQUE = (
     "park", "unpark",
     "embedding_dense_backward", "scatter_add", "index_put", "index_put_", "scatter_", "cat", "stack", "rotary_angles", "repeat_interleave",
-    "scatter", "cumsum", "sort", "engine_collect", "rounded", "side_by_side", "turned",
+    "scatter", "cumsum", "sort", "engine_collect", "rounded", "side_by_side", "turned", "heads_apart", "heads_join",
 )  # fmt: skip
 _CAUSAL = {
     "_scaled_dot_product_cudnn_attention": 6,

@@ -2,9 +2,10 @@
 
 NCCL's kernels hold multiprocessors while they wait for each other; beside them products ran at 660 of 770 TFLOP/s on H200s. Here a
 weight is cast, or rounded to 8 bits, into memory that the peers can read, and each pulls the others' parts; a gradient's parts are pushed
-into the peers' memory and summed there. Who may read or write when is told by counters that streams themselves write and wait for. Sums are
-those of a reduce-scatter in a wider type: parts travel as they are and are added in ``dtype``. On a CPU the same operations are made of
-gloo's.
+into the peers' memory and summed there. A device's own part does not travel: a copy within a GPU is a kernel, which waits for a product
+to end and then holds the next one up. Who may read or write when is told by counters that streams themselves write and wait for. Sums
+are those of a reduce-scatter in a wider type: parts travel as they are and are added in ``dtype``. On a CPU the same operations are made
+of gloo's.
 """
 
 import functools
@@ -13,6 +14,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -40,7 +42,10 @@ _library.define("collect(Tensor sent, Tensor parts, int[] columns, ScalarType dt
 
 @dataclass
 class Channel:
-    """Memory of one kind of transfer that all members see: a few slots, and counters of what has been done with them."""
+    """Memory of one kind of transfer that all members see: a few slots, and counters of what has been done with them.
+
+    Row 0 of the counters says what can be read, row 1 what has been read. ``seen`` gathers have arrived on this device's own stream.
+    """
 
     slots: int
     bytes: int
@@ -49,6 +54,7 @@ class Channel:
     stream: torch.cuda.Stream
     events: list[torch.cuda.Event]
     count: int = 0
+    seen: int = 0
 
     def slot(self, member: int, number: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """View a member's slot of transfer ``number``."""
@@ -105,31 +111,40 @@ def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, turn
     me, number = channel.handle.rank, channel.count
     channel.count += 1
     out = flat[0].new_empty((size, rows, columns), dtype=dtype)
-    if number >= channel.slots:
+    if number >= channel.slots and channel.seen < number - channel.slots + 2:
+        # Otherwise: who offered what this stream has seen arrive had read all that was offered before it.
         for member in channel.others():
             channel.await_(main, member, 1, number - channel.slots + 1)
-    mine, at = channel.slot(me, number, (rows, columns), dtype), 0
-    if turns:
-        _cast_in_turn(flat, mine)
-    for x in [] if turns else flat:
-        target = mine[:, at : at + x.shape[1]]
-        if scale is None:
-            _cast(x, target)
-        else:
-            fp8.lay(x, scale, through, target)
-        at += x.shape[1]
+    mine = channel.slot(me, number, (rows, columns), dtype)
+    if scale is None:
+        _cast(flat, mine, out[me], turns)
+    else:
+        places = zip(flat, *(whole.split([x.shape[1] for x in flat], 1) for whole in (mine, out[me])), strict=True)
+        for x, there, here in places:
+            fp8.lay(x, scale, through, there, here)
     channel.stream.wait_stream(main)
     with torch.cuda.stream(channel.stream):
         for member in channel.others():
             channel.tell(channel.stream, member, 0, number + 1)
-        out[me].copy_(mine)
         for member in channel.others():
             channel.await_(channel.stream, member, 0, number + 1)
             out[member].copy_(channel.slot(member, number, (rows, columns), dtype))
             channel.tell(channel.stream, member, 1, number + 1)
         whole = out.view(size * rows, columns)
-        _c10d._register_work(whole, _symmetric.Work())
+        _c10d._register_work(whole, _Arrival(channel, number))
     return whole
+
+
+class _Arrival(_symmetric.Work):
+    """The end of a gather: the stream that waits for it has seen it, and therefore that its members read all before it."""
+
+    def __init__(self, channel: Channel, number: int) -> None:
+        super().__init__()
+        self.channel, self.number = channel, number
+
+    def wait(self, timeout: timedelta = timedelta(0)) -> bool:
+        self.channel.seen = max(self.channel.seen, self.number + 1)
+        return super().wait(timeout)
 
 
 def _send(parts: Tensor, size: int, group: str) -> Tensor:
@@ -139,12 +154,11 @@ def _send(parts: Tensor, size: int, group: str) -> Tensor:
     pieces = parts.contiguous().view(size, -1)
     channel.stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(channel.stream):
-        for member in [*channel.others(), me]:
-            if number >= channel.slots and member != me:
+        for member in channel.others():
+            if number >= channel.slots:
                 channel.await_(channel.stream, member, 1, number - channel.slots + 1)
             channel.slot(member, number, tuple(pieces.shape), parts.dtype)[me].copy_(pieces[member])
-            if member != me:
-                channel.tell(channel.stream, member, 0, number + 1)
+            channel.tell(channel.stream, member, 0, number + 1)
         channel.events[number % channel.slots].record(channel.stream)
     pieces.record_stream(channel.stream)
     ticket = next(_TICKETS)
@@ -157,29 +171,33 @@ def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype
     main.wait_event(channel.events[number % channel.slots])  # this one's parts have left, so their memory may be used again
     for member in channel.others():
         channel.await_(main, member, 0, number + 1)
-    landed = channel.slot(channel.handle.rank, number, (size, parts.shape[0] // size, sum(columns)), parts.dtype)
-    sums = added(landed, columns, dtype, turns)
+    me, rows = channel.handle.rank, parts.shape[0] // size
+    landed = channel.slot(me, number, (size, rows, sum(columns)), parts.dtype)
+    sums = _added(landed, parts.narrow(0, me * rows, rows), me, columns, dtype, turns)
     for member in channel.others():
         channel.tell(main, member, 1, number + 1)
     return sums
 
 
-def added(landed: Tensor, columns: list[int], dtype: torch.dtype, turns: bool = False) -> list[Tensor]:
-    """Sum what landed, [size, rows, columns], over the members in a type, cut by columns."""
-    kernel = _kernel() if landed.device.type == "cuda" else None
+def _added(landed: Tensor, own: Tensor, me: int, columns: list[int], dtype: torch.dtype, turns: bool) -> list[Tensor]:
+    """Sum what landed, [size, rows, columns], over the members in a type, cut by columns; what ``me`` has did not travel."""
+    kernel = _kernel()
+    if kernel is not None:
+        return kernel.sums_in_turn(landed, own, me, dtype) if turns else kernel.sums(landed, own, me, columns, dtype)
+    landed[me].copy_(own)
+    return [part.sum(0, dtype=dtype) for part in cut(landed, columns, turns)]
+
+
+def _cast(shards: list[Tensor], out: Tensor, also: Tensor, turns: bool) -> None:
+    """Write shards where the peers read them and where this device does: a copy by a kernel would wait for the product beside it."""
+    kernel = _kernel()
     if kernel is None:
-        return [part.sum(0, dtype=dtype) for part in cut(landed, columns, turns)]
-    return kernel.sums_in_turn(landed, dtype) if turns else kernel.sums(landed, columns, dtype)
-
-
-def _cast(x: Tensor, out: Tensor) -> None:
-    kernel = _kernel() if x.device.type == "cuda" else None
-    out.copy_(x) if kernel is None else kernel.cast(x, out)
-
-
-def _cast_in_turn(pair: list[Tensor], out: Tensor) -> None:
-    kernel = _kernel() if out.device.type == "cuda" else None
-    out.copy_(beside(pair, turns=True)) if kernel is None else kernel.cast_in_turn(*pair, out)
+        out.copy_(beside(shards, turns))
+        also.copy_(out)
+    elif turns:
+        kernel.cast_in_turn(*shards, out, also)
+    else:
+        kernel.cast(shards, out, also)
 
 
 @functools.cache
@@ -220,7 +238,7 @@ def _cpu_send(parts: Tensor, size: int, group: str) -> Tensor:
 
 def _cpu_collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype, turns: bool, size: int, group: str) -> list[Tensor]:
     landed = _LANDED.pop(int(sent)).view(size, parts.shape[0] // size, -1)
-    return added(landed, columns, dtype, turns)
+    return [part.sum(0, dtype=dtype) for part in cut(landed, columns, turns)]
 
 
 for _name, _gpu, _cpu, _shape in (

@@ -91,13 +91,14 @@ def turned(x: Tensor) -> Tensor:
     return op(x)
 
 
-def lay(x: Tensor, scale: Tensor, through: torch.dtype, out: Tensor) -> None:
-    """Round one matrix into ``out``, whose rows may lie apart; see `side_by_side`."""
+def lay(x: Tensor, scale: Tensor, through: torch.dtype, out: Tensor, also: Tensor | None = None) -> None:
+    """Round one matrix into ``out``, and a second place, whose rows may lie apart; see `side_by_side`."""
     kernel = _kernel() if x.device.type == "cuda" else None
-    if kernel is None:
-        out.copy_(plain(x.to(through), scale, None, VALUES)[0])
-    else:
-        kernel.lay(x, scale, through, out)
+    if kernel is not None:
+        kernel.lay(x, scale, through, out, also)
+        return
+    for target in (out,) if also is None else (out, also):
+        target.copy_(plain(x.to(through), scale, None, VALUES)[0])
 
 
 def multiply(a: Rounded, b: Rounded, dtype: torch.dtype, fast: bool | None = None) -> Tensor:

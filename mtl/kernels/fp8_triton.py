@@ -13,8 +13,9 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @triton.jit
 def _round(
-    x, plain, turned, across, down, rows, columns, stride, apart, most,
-    PLAIN: tl.constexpr, TURNED: tl.constexpr, EACH: tl.constexpr, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, plain, turned, also, across, down, rows, columns, stride, apart, further, most,
+    PLAIN: tl.constexpr, TURNED: tl.constexpr, ALSO: tl.constexpr, EACH: tl.constexpr, THROUGH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // tiles) * ROWS + tl.arange(0, ROWS)
@@ -26,6 +27,8 @@ def _round(
         scale = tl.load(across + row, mask=row < rows, other=1.0)[:, None] if EACH else tl.load(across)
         scaled = tl.clamp(values * scale, -most, most, propagate_nan=tl.PropagateNan.ALL)
         tl.store(plain + i * apart + j, scaled.to(plain.dtype.element_ty), mask=here)
+        if ALSO:
+            tl.store(also + i * further + j, scaled.to(plain.dtype.element_ty), mask=here)
     if TURNED:
         scale = tl.load(down + column, mask=column < columns, other=1.0)[None, :] if EACH else tl.load(down)
         scaled = tl.clamp(values * scale, -most, most, propagate_nan=tl.PropagateNan.ALL)
@@ -41,19 +44,20 @@ def rounded(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.
     across, down = (None if scale is None else scale.contiguous() for scale in (across, down))
     each = any(scale is not None and scale.dim() > 0 for scale in (across, down))
     _round[triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),](
-        x, plain, turned, across, down, rows, columns, x.stride(0), columns, torch.finfo(dtype).max,
-        PLAIN=across is not None, TURNED=down is not None, EACH=each, THROUGH=tl.float32, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        x, plain, turned, plain, across, down, rows, columns, x.stride(0), columns, columns, torch.finfo(dtype).max,
+        PLAIN=across is not None, TURNED=down is not None, ALSO=False, EACH=each, THROUGH=tl.float32,
+        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
     return plain, turned
 
 
-def lay(x: Tensor, scale: Tensor, through: torch.dtype, out: Tensor) -> None:
-    """Round a matrix, brought to a type first, into ``out``; see `mtl.kernels.fp8.lay`."""
+def lay(x: Tensor, scale: Tensor, through: torch.dtype, out: Tensor, also: Tensor | None = None) -> None:
+    """Round a matrix, brought to a type first, into ``out`` and a second place; see `mtl.kernels.fp8.lay`."""
     x = x if x.stride(1) == 1 else x.contiguous()
-    rows, columns = x.shape
+    (rows, columns), second = x.shape, out if also is None else also
     _round[triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),](
-        x, out, out, scale, scale, rows, columns, x.stride(0), out.stride(0), torch.finfo(out.dtype).max,
-        PLAIN=True, TURNED=False, EACH=False, THROUGH=TYPES[through], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        x, out, out, second, scale, scale, rows, columns, x.stride(0), out.stride(0), second.stride(0), torch.finfo(out.dtype).max,
+        PLAIN=True, TURNED=False, ALSO=also is not None, EACH=False, THROUGH=TYPES[through], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
     )  # fmt: skip
 
 

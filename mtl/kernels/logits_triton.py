@@ -11,22 +11,27 @@ tl: Any = importlib.import_module("triton.language")
 
 BLOCK = 8192
 WARPS = 16
+LANES, EACH = 512, 8
+"""Lanes that read a row side by side, and how many neighbouring logits one takes at a time: 16 bytes in 16 bits."""
+LEAST = tl.constexpr(-1e38)
+"""Below every logit, and finite: what has seen none yet adds nothing."""
 
 
 @triton.jit
-def _statistics(logits, targets, top, total, picked, stride, real, BLOCK: tl.constexpr):  # pyright: ignore
+def _statistics(logits, targets, top, total, picked, stride, real, LANES: tl.constexpr, EACH: tl.constexpr):  # pyright: ignore
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
-    columns = tl.arange(0, BLOCK)
-    most = tl.full((), float("-inf"), tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, real, BLOCK):  # at least one logit of every block is real, so that the largest is finite
+    columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    most = tl.full((LANES,), LEAST, tl.float32)
+    sums = tl.zeros((LANES,), tl.float32)
+    for start in range(0, real, LANES * EACH):  # lanes go their own ways: to agree on a largest in every turn took half the time
         x = tl.load(logits + start + columns, mask=start + columns < real, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(most, tl.max(x, 0))
-        sums = sums * tl.exp(most - higher) + tl.exp(x - higher)
+        higher = tl.maximum(most, tl.max(x, 1))
+        sums = sums * tl.exp(most - higher) + tl.sum(tl.exp(x - higher[:, None]), 1)
         most = higher
-    tl.store(top + row, most)
-    tl.store(total + row, tl.sum(sums, 0))
+    highest = tl.max(most, 0)
+    tl.store(top + row, highest)
+    tl.store(total + row, tl.sum(sums * tl.exp(most - highest), 0))
     target = tl.load(targets + row)
     here = (target >= 0) & (target < real)
     tl.store(picked + row, tl.load(logits + target, mask=here, other=0.0).to(tl.float32))
@@ -51,7 +56,7 @@ def statistics(logits: Tensor, targets: Tensor, real: int) -> tuple[Tensor, Tens
     rows = logits.shape[0]
     top, total, picked = (torch.empty(rows, dtype=torch.float32, device=logits.device) for _ in range(3))
     targets = targets.contiguous()
-    _statistics[(rows,)](logits, targets, top, total, picked, logits.stride(0), real, BLOCK=BLOCK, num_warps=WARPS)
+    _statistics[(rows,)](logits, targets, top, total, picked, logits.stride(0), real, LANES=LANES, EACH=EACH, num_warps=LANES // 32)
     return top, total, picked
 
 

@@ -21,10 +21,11 @@ from mtl.ops.cache import cached_attention
 from mtl.ops.cross_entropy import cross_entropy, next_token_logits
 from mtl.ops.dropout import dropout
 from mtl.ops.embedding import embedding
-from mtl.ops.linear import fetch, project, project_all, project_of
+from mtl.ops.heads import turned_apart
+from mtl.ops.linear import fetch, is_one, project, project_all, project_as_one, project_of
 from mtl.ops.norm import layer_norm, rms_norm
 from mtl.ops.remat import remat
-from mtl.ops.rotary import RopeScaling, angles, rotate
+from mtl.ops.rotary import RopeScaling, angles, document_lengths, rotate
 from mtl.params import ParamSpec
 from mtl.runtime.stored import gradient_stored, stored
 from mtl.sharding.parallel import Parallel
@@ -214,7 +215,7 @@ def beside(cfg: Config, par: Parallel, batch: Mapping[str, Tensor]) -> Stream:
     """Give what travels beside the residual stream. It needs no parameters, so every stage of a pipeline makes its own."""
     stream: Stream = {}
     if cfg.positions == "rotary":
-        lengths = _lengths(par, batch) if cfg.rope_scaling.kind == "dynamic" else None
+        lengths = document_lengths(par, batch) if cfg.rope_scaling.kind == "dynamic" else None
         stream["cos"], stream["sin"] = angles(batch["positions"], cfg.head_size, cfg.rope_theta, cfg.rope_scaling, lengths)
     if cfg.positions == "alibi":
         stream["positions"] = batch["positions"]
@@ -284,15 +285,6 @@ def layer_key(key: Tensor, layer: int) -> Tensor:
     return random.bits(random.key("layer", layer), key)
 
 
-def _lengths(par: Parallel, batch: Mapping[str, Tensor]) -> Tensor:
-    """Give every token its document's length, or its row's (B, 1), also where the rest lies on other devices: for dynamic rope scaling."""
-    if "documents" not in batch:
-        return par.reshard(batch["positions"], "BS", "B_").amax(1, keepdim=True) + 1
-    ends = batch["documents"].long()
-    which = torch.searchsorted(ends, batch["slots"].expand(ends.shape[0], -1).contiguous(), right=True)
-    return ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])).gather(1, which.clamp(max=ends.shape[1] - 1))
-
-
 def _head_weight(cfg: Config, params: Params) -> tuple[str, Tensor]:
     return ("VD", params["embed"]["weight"]) if cfg.tied else ("DV", params["head"]["weight"])
 
@@ -315,28 +307,37 @@ def _norm(cfg: Config, p: Params, x: Tensor) -> Tensor:
 
 
 def _attention(cfg: Config, par: Parallel, p: Params, h: Tensor, stream: Stream, again: Any, results: Results | None) -> Tensor:
-    drops = _drops(cfg, par, stream)
-    left = _input(cfg)
-    q, k, v = project_all(par, h, p, {"query": f"{left},DHK->BSHK", "key": f"{left},DGK->BSGK", "value": f"{left},DGK->BSGK"}, drops)
+    drops, left = _drops(cfg, par, stream), _input(cfg)
+    spellings = {"query": f"{left},DHK->BSHK", "key": f"{left},DGK->BSGK", "value": f"{left},DGK->BSGK"}
     norms = {name: p[name] for name in ("query_norm", "key_norm") if cfg.qk_norm}
-    y = again(lambda norms, stream, *qkv: _attend(cfg, par, norms, stream, *qkv, results=results))(norms, stream, q, k, v)
+    fused = "cos" in stream and "cached_key" not in stream and not norms and is_one(par, h, p, spellings)
+    qkv, sizes = project_as_one(par, h, p, spellings) if fused else (None, [])
+
+    def attend(norms: Params, stream: Stream, *qkv: Tensor) -> Tensor:
+        if fused:
+            qkv = turned_apart(qkv[0], stream["cos"], stream["sin"], sizes[1][0], cfg.rope_pairs)
+        return _attend(cfg, par, norms, stream, *qkv, results=results, turned=fused)
+
+    y = again(attend)(norms, stream, *(project_all(par, h, p, spellings, drops) if qkv is None else [qkv]))
     return project(par, "BSHK,DHK->BRD", y, p["out"], drops.get("out"))
 
 
-def _attend(cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k: Tensor, v: Tensor, results: Any = None) -> Tensor:
-    """Take query, key and value to what attention makes of them (B, S, H, K); of ``p`` it needs the norms of query and key."""
+def _attend(
+    cfg: Config, par: Parallel, p: Params, stream: Stream, q: Tensor, k: Tensor, v: Tensor, results: Any = None, turned: bool = False
+) -> Tensor:
+    """Take query, key and value, perhaps ``turned`` already, to what attention makes of them (B, S, H, K); norms of two are in ``p``."""
     scale = cfg.head_size**-0.5 if cfg.attention_scale is None else cfg.attention_scale
     if cfg.qk_norm:
         q, k = (rms_norm(x, p[name]["weight"], cfg.norm_eps) for x, name in ((q, "query_norm"), (k, "key_norm")))
     rotary = cfg.positions == "rotary"
-    if rotary and "cached_key" not in stream:
+    if rotary and not turned and "cached_key" not in stream:
         q, k = (rotate(x, stream["cos"], stream["sin"], cfg.rope_pairs) for x in (q, k))
     if cfg.positions == "alibi":
         q, k, v = alibi.extend(par, q, k, v, stream["positions"])
     if "cached_key" in stream:
         pairs = cfg.rope_pairs if rotary else None
         return cached_attention(par, q, k, v, stream, cfg.window, cfg.attention_impl, scale, pairs)[..., : cfg.head_size]
-    if cfg.positions in ("rotary", "alibi") or cfg.qk_norm or cfg.qkv_bias:  # else they are parts of a product, which attention can read
+    if not turned and (cfg.positions in ("rotary", "alibi") or cfg.qk_norm or cfg.qkv_bias):  # else attention can read parts of a product
         q, k, v = (stored(x) for x in (q, k, v))  # once, not for forward and for backward; and the product can go
     return attention(par, q, k, v, cfg.window, stream.get("documents"), cfg.attention_impl, scale, results)[..., : cfg.head_size]
 

@@ -60,17 +60,32 @@ def project_all(
 
     Weights that lie side by side already are one parameter, under the projections' names `joined`.
     """
-    operands = [spelling.split("->")[0].split(",") for spelling in spellings.values()]
-    names = [joined(spellings)] if joined(spellings) in p else list(spellings)
-    weights = Weights([right for _, right in operands], [p[name]["weight"] for name in names], [p[name].get("scale") for name in names])
-    left = operands[0][0]
-    products = _products(par, Entry(x, left, _inside(left, next(iter(spellings.values())))), weights)
+    products = _products(par, *_operands(x, p, spellings))
 
     def finished(name: str, y: Tensor) -> Tensor:
         own = p.get(name, {})
         return _finished(par, spellings[name], x, y, own.get("bias"), own.get("lora"), (drops or {}).get(name))
 
     return [finished(name, y) for name, y in zip(spellings, products, strict=True)]
+
+
+def is_one(par: Parallel, x: Tensor, p: Mapping[str, Any], spellings: Mapping[str, str]) -> bool:
+    """Tell whether several projections of one activation are one product, to which nothing is added."""
+    bare = not any({"bias", "lora"} & p.get(name, {}).keys() for name in spellings)
+    return bare and _is_one(par, *_operands(x, p, spellings))
+
+
+def project_as_one(par: Parallel, x: Tensor, p: Mapping[str, Any], spellings: Mapping[str, str]) -> tuple[Tensor, list[list[int]]]:
+    """Do as `project_all` where `is_one`: give one array, the results side by side, and the sizes of each one's own dimensions."""
+    return _one_product(par, *_operands(x, p, spellings))
+
+
+def _operands(x: Tensor, p: Mapping[str, Any], spellings: Mapping[str, str]) -> tuple[Entry, Weights]:
+    operands = [spelling.split("->")[0].split(",") for spelling in spellings.values()]
+    names = [joined(spellings)] if joined(spellings) in p else list(spellings)
+    weights = Weights([right for _, right in operands], [p[name]["weight"] for name in names], [p[name].get("scale") for name in names])
+    left = operands[0][0]
+    return Entry(x, left, _inside(left, next(iter(spellings.values())))), weights
 
 
 def joined(names: Iterable[str]) -> str:
@@ -174,20 +189,21 @@ def _product(par: Parallel, entry: Entry, right: str, w: Tensor, scale: Tensor |
 
 def _products(par: Parallel, entry: Entry, weights: Weights, summed: Summed | None = None) -> list[Tensor]:
     """Multiply one activation by several weights: in one product where they can be one matrix."""
-    shared, transposed = _contracted(entry.letters, weights.letters)
-    spread, pieces = _spread(par, entry.letters, shared, entry.inside)
-    if spread is None:
-        entry = entry._replace(x=par.reshard(entry.x, entry.letters, entry.inside))
-    if len(weights.arrays) == len(weights.letters):
-        weights = weights._replace(arrays=[_padded(par, right, w) for right, w in zip(weights.letters, weights.arrays, strict=True)])
-    moves = [_move(par, right, w) for right, w in zip(weights.letters, weights.arrays, strict=False)]
-    alike = not transposed and len(shared) == 1 and _alike(moves, weights.arrays, entry.x.dtype, spread is not None)
-    if len(moves) == 1 or alike:
-        return _one_product(par, entry, weights, spread, pieces or summed)
-    if spread is not None and not par.parts:  # what several products share is gathered once
-        spread, entry = None, entry._replace(x=par.reshard(entry.x, entry.letters, entry.inside))
-    entry = entry if spread is not None else entry._replace(letters=entry.inside)
+    if _is_one(par, entry, weights):
+        y, sizes = _one_product(par, entry, weights, summed)
+        parts = y.split([math.prod(size) for size in sizes], -1) if len(sizes) > 1 else [y]  # the derivative of a split would copy
+        return [part.view(*y.shape[:-1], *size) for part, size in zip(parts, sizes, strict=True)]
+    if not par.parts or _spread(par, entry, weights)[0] is None:  # what several products share is gathered once
+        entry = entry._replace(x=par.reshard(entry.x, entry.letters, entry.inside), letters=entry.inside)
     return [_product(par, entry, right, w, scale) for right, w, scale in zip(*weights, strict=True)]
+
+
+def _is_one(par: Parallel, entry: Entry, weights: Weights) -> bool:
+    """Tell whether weights are one matrix, or can be: they travel alike, by rows, and are copied on the way anyway, or at no more cost."""
+    shared, transposed = _contracted(entry.letters, weights.letters)
+    moves = [_move(par, right, w) for right, w in zip(weights.letters, weights.arrays, strict=False)]
+    alone = not transposed and len(shared) == 1
+    return len(moves) == 1 or (alone and _alike(moves, weights.arrays, entry.x.dtype, _spread(par, entry, weights)[0] is not None))
 
 
 def _contracted(left: str, rights: Sequence[str]) -> tuple[str, bool]:
@@ -201,10 +217,14 @@ def _contracted(left: str, rights: Sequence[str]) -> tuple[str, bool]:
     return shared, transposed
 
 
-def _one_product(par: Parallel, entry: Entry, weights: Weights, spread: Spread | None, pieces: Gathered | Summed | None) -> list[Tensor]:
-    """Take a product of weights that move as one matrix, and cut it into each one's."""
-    x, (rights, ws, scales) = entry.x, weights
+def _one_product(par: Parallel, entry: Entry, weights: Weights, summed: Summed | None = None) -> tuple[Tensor, list[list[int]]]:
+    """Take a product of weights that move as one matrix, and say what sizes each one's part of the last dimension has."""
+    rights, ws, scales = weights
     shared, transposed = _contracted(entry.letters, rights)
+    spread, gathered = _spread(par, entry, weights)
+    x, pieces = entry.x if spread is not None else par.reshard(entry.x, entry.letters, entry.inside), gathered or summed
+    if len(ws) == len(rights):
+        ws = [_padded(par, right, w) for right, w in zip(rights, ws, strict=True)]
     move = _move(par, rights[0], ws[0])
     x = x.flatten(-len(shared)) if len(shared) > 1 else x
     split = len(rights[0]) - len(shared) if transposed else len(shared)
@@ -228,17 +248,16 @@ def _one_product(par: Parallel, entry: Entry, weights: Weights, spread: Spread |
         y = inner[0] @ (matrix.t() if transposed else matrix)
     if isinstance(pieces, Summed):
         lead[1] //= pieces.size
-    sizes = [columns_here(par, right, shared, w) for right, w in zip(rights, [*ws] * len(rights), strict=False)]
-    parts = y.split([math.prod(size) for size in sizes], -1) if len(sizes) > 1 else [y]  # the derivative of a split would copy
-    return [part.view(*lead, *size) for part, size in zip(parts, sizes, strict=True)]
+    return y.view(*lead, y.shape[-1]), [columns_here(par, right, shared, w) for right, w in zip(rights, [*ws] * len(rights), strict=False)]
 
 
-def _spread(par: Parallel, left: str, shared: str, inside: str) -> tuple[Spread | None, Gathered | None]:
+def _spread(par: Parallel, entry: Entry, weights: Weights) -> tuple[Spread | None, Gathered | None]:
     """Tell how an activation that is split becomes whole on its way into a product, and whether it does so in pieces.
 
     Nothing where it is not split, or is made whole before the product, which then keeps it so.
     """
-    if left == inside:
+    left, shared = entry.letters, _contracted(entry.letters, weights.letters)[0]
+    if left == entry.inside:
         return None, None
     dim = left.index("R")
     have, want = par.axes("R"), par.axes("S")

@@ -1,6 +1,7 @@
 """Rotary position embedding from explicit positions, with angles in float32, and the ways to stretch it over longer texts."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from mtl.errors import UserError, unknown
 from mtl.kernels.angles import rotary_angles, rotate
+from mtl.sharding.parallel import Parallel
 
-__all__ = ["KINDS", "RopeScaling", "angles", "frequencies", "rotate"]
+__all__ = ["KINDS", "RopeScaling", "angles", "document_lengths", "frequencies", "rotate"]
 
 KINDS = ("none", "linear", "dynamic", "yarn", "llama3")
 
@@ -75,6 +77,15 @@ def angles(
     scaling = scaling or RopeScaling()
     scale = scaling.attention_factor if scaling.kind == "yarn" else 1.0
     return rotary_angles(positions, frequencies(head_size, theta, scaling, positions.device, lengths), scale)
+
+
+def document_lengths(par: Parallel, batch: Mapping[str, Tensor]) -> Tensor:
+    """Give every token its document's length, or its row's (B, 1), also where the rest lies on other devices: for dynamic scaling."""
+    if "documents" not in batch:
+        return par.reshard(batch["positions"], "BS", "B_").amax(1, keepdim=True) + 1
+    ends = batch["documents"].long()
+    which = torch.searchsorted(ends, batch["slots"].expand(ends.shape[0], -1).contiguous(), right=True)
+    return ends.diff(dim=1, prepend=torch.zeros_like(ends[:, :1])).gather(1, which.clamp(max=ends.shape[1] - 1))
 
 
 def _llama3(plain: Tensor, scaling: RopeScaling) -> Tensor:

@@ -1,6 +1,7 @@
 """The only call of torch.compile."""
 
 import contextlib
+import functools
 import importlib
 import sys
 import types
@@ -30,6 +31,7 @@ def compiled(
     """
     if backend == "inductor":
         stored.teach_inductor()
+        _name_operations_briefly()
     graphs: dict[str, tuple[Callable[..., Any], list[Any]]] = {}
 
     def call(*args: Any) -> Any:
@@ -43,6 +45,21 @@ def compiled(
         return tree.unflatten(shape_of_result[-1], out)
 
     return call
+
+
+@functools.cache
+def _name_operations_briefly() -> None:
+    """Let inductor name an operation and the kinds of what it is given, where it would spell all that these were made from.
+
+    torch 2.11 does so for a line of a log at the first sight of every library's operation, whether the line is written or not; where layers
+    are pieces the text doubles with each, so that the first operation of backward alone took forever.
+    """
+    issue: Any = importlib.import_module("torch._inductor.exc").OperatorIssue
+
+    def brief(target: Any, args: Any, kwargs: Any) -> str:
+        return f"  {target}({', '.join(type(x).__name__ for x in (*args, *kwargs.values()))})"
+
+    issue.operator_str = staticmethod(brief)
 
 
 def inductor_options(backend: Any, devices: int, device_type: str, overlapped: bool) -> dict[str, Any] | None:

@@ -202,8 +202,10 @@ def kernels(device: str) -> None:
         for given in (x, x.bfloat16(), x.t().contiguous().t(), torch.cat([x, x], 1)[:, columns:]):
             for through in (torch.bfloat16, torch.float32):
                 out = torch.zeros(rows, columns + 7, dtype=fp8.VALUES, device=device)
-                kernel.lay(given, scale, through, out[:, 5:-2])
+                again = torch.zeros(rows, columns + 3, dtype=fp8.VALUES, device=device)
+                kernel.lay(given, scale, through, out[:, 5:-2], again[:, :-3])
                 want = fp8.plain(given.to(through), scale, scale, fp8.VALUES)
                 assert torch.equal(out[:, 5:-2].view(torch.uint8), want[0].view(torch.uint8)), (rows, columns, through)
+                assert torch.equal(again[:, :-3].view(torch.uint8), want[0].view(torch.uint8)) and not again[:, -3:].view(torch.uint8).any()
                 assert not out[:, :5].view(torch.uint8).any() and not out[:, -2:].view(torch.uint8).any(), "and nothing beside it"
                 assert torch.equal(kernel.turned(out[:, 5:-2]).view(torch.uint8), want[1].view(torch.uint8))

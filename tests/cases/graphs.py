@@ -39,7 +39,7 @@ KINDS = {
     "park": "park",
     "unpark": "unpark",
     "stored": "stored",
-    **{name: name for name in ("gather_product", "gather_rows", "product_send", "product_take")},
+    **{name: name for name in ("heads_apart", "heads_join", "gather_product", "gather_rows", "product_send", "product_take")},
     "unbind": "unbind",
 }
 
