@@ -1,8 +1,10 @@
 """Faults and pitfalls: flipped bytes, truncated files, full disks, writers that fail or die, two writers, and what is kept and removed."""
 
+import ctypes
 import dataclasses
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -172,6 +174,7 @@ def test_every_file_and_folder_is_flushed_before_the_commit(tmp_path: Path, monk
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(files, "LITTLE", -1)
     checkpoint.save(tmp_path / "3", STATE | {"many": {f"n{i}": values((3,)) for i in range(80)}}, extra={"_model/x/a.json": b"{}"})
     place = tmp_path / f"3{UNFINISHED}"
     want = {place / p.relative_to(tmp_path / "3"): p for p in [tmp_path / "3", *(tmp_path / "3").rglob("*")]}
@@ -191,6 +194,7 @@ def test_files_leave_for_the_disk_before_the_first_is_flushed(tmp_path: Path, mo
     monkeypatch.setattr(files, "write_out", lambda path: (write_out(path), done.append(("out", path))))
     monkeypatch.setattr(files, "flush", lambda path: (done.append(("flush", path)), flush(path)))
     monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(files, "LITTLE", -1)
     monkeypatch.setattr(geometry, "FILE_BYTES", 1 << 16)
     checkpoint.save(tmp_path / "3", STATE)
     out = {path for what, path in done if what == "out"}
@@ -200,6 +204,58 @@ def test_files_leave_for_the_disk_before_the_first_is_flushed(tmp_path: Path, mo
     last = max(i for i, (what, _) in enumerate(done) if what == "out")
     early, late = ({path for what, path in some if what == "flush"} for some in (done[:last], done[last:]))
     assert len(out) > 30 and not out & early and out < late, "each flush waits for the disk: all files share few"
+
+
+def test_one_call_flushes_all_where_little_else_is_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there at the last such call is all that the commit shows; the folder's new name alone is flushed after it."""
+    done: list[tuple[str, Any]] = []
+    usual, flush, place = files._from_libc, files.flush, tmp_path / f"3{UNFINISHED}"
+
+    def syncfs(handle: int) -> int:
+        assert Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(place)
+        done.append(("all", {p.relative_to(place) for p in place.rglob("*")}))
+        return 0
+
+    monkeypatch.setattr(files, "_from_libc", lambda name: syncfs if name == "syncfs" else usual(name))
+    monkeypatch.setattr(files, "flush", lambda path: (done.append(("one", path)), flush(path)))
+    monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(files, "WHOLE", (files._file_system(tmp_path),))
+    monkeypatch.setattr(files, "_unwritten", lambda: 0)
+    checkpoint.save(tmp_path / "3", STATE)
+    assert done[-2] == ("all", {p.relative_to(tmp_path / "3") for p in (tmp_path / "3").rglob("*")})
+    assert [path for what, path in done if what == "one"] == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WHOLE", ()), ("SURE", (99, 0)), ("_unwritten", lambda: math.inf), ("_from_libc", lambda name: None)]
+)
+def test_files_are_flushed_one_by_one_where_one_call_would_wait_or_say_nothing(
+    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "WHOLE", (files._file_system(tmp_path),))
+    monkeypatch.setattr(files, "_unwritten", lambda: 0)
+    assert files._flushed_whole(tmp_path)
+    monkeypatch.setattr(files, name, value)
+    assert not files._flushed_whole(tmp_path)
+
+
+def test_what_other_programs_have_not_written_is_counted(tmp_path: Path) -> None:
+    assert files._unwritten() < math.inf
+
+
+def test_a_file_system_that_cannot_be_flushed_ends_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def syncfs(handle: int) -> int:
+        ctypes.set_errno(errno.EIO)
+        return -1
+
+    usual = files._from_libc
+    monkeypatch.setattr(files, "_from_libc", lambda name: syncfs if name == "syncfs" else usual(name))
+    monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(files, "WHOLE", (files._file_system(tmp_path),))
+    monkeypatch.setattr(files, "_unwritten", lambda: 0)
+    with pytest.raises(checkpoint.CheckpointError, match=os.strerror(errno.EIO)):
+        checkpoint.save(tmp_path / "3", STATE)
+    assert not list(tmp_path.iterdir()), "nothing is kept"
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
@@ -218,7 +274,7 @@ def test_files_are_flushed_where_they_cannot_be_written_out(code: int | None, tm
     monkeypatch.setattr(os, "fsync", flushed.append)
     (tmp_path / "file").write_bytes(b"values")
     if code is None:
-        monkeypatch.setattr(files, "_from_libc", lambda: None)  # a system without it
+        monkeypatch.setattr(files, "_from_libc", lambda name: None)  # a system without it
     elif code:
         monkeypatch.setattr(files, "_sync_file_range", lambda handle: code)
     files.write_out(tmp_path / "file")

@@ -7,7 +7,9 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +35,12 @@ LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zf
 
 MEMORY = ("ramfs", "tmpfs")
 """File systems without a disk."""
+WHOLE = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "xfs")
+"""File systems that one call brings to the disk whole."""
+LITTLE = 64 << 20
+"""Bytes that all programs may have written and not brought to the disk, for that call to wait for no one else."""
+SURE = (5, 8)
+"""The first Linux whose call tells of a disk that failed."""
 
 
 def dump(value: Any) -> bytes:
@@ -83,27 +91,56 @@ def write_out(path: Path) -> None:
 
 def _sync_file_range(handle: int) -> int:
     """Call Linux's sync_file_range(2), which Python does not have, on a whole file; gives the error's number, or 0."""
-    call = _from_libc()
+    call = _from_libc("sync_file_range")
     if call is None:
         return errno.ENOSYS
-    return ctypes.get_errno() if call(handle, 0, 0, WRITE_AND_WAIT) else 0
+    return ctypes.get_errno() if call(handle, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(WRITE_AND_WAIT)) else 0
 
 
 @functools.cache
-def _from_libc() -> Any:
-    call = getattr(ctypes.CDLL(None, use_errno=True), "sync_file_range", None)
-    if call is not None:
-        call.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    return call
+def _from_libc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def flush_all(paths: Iterable[Path]) -> None:
-    """Flush many files and folders, many at a time: a file system takes them together, where one after the other each would wait for it."""
+    """Flush files and folders of one file system: the whole of it at once where that is quick and sure, else many at a time.
+
+    One after the other each would wait for the disk to empty its memory, which files that are flushed together do together.
+    """
     todo = list(paths)
+    if not todo or _flushed_whole(todo[0]):
+        return
     n = min(FLUSHES, len(todo))
     with ThreadPoolExecutor(FLUSHES, thread_name_prefix="flush") as pool:
         for done in [pool.submit(lambda some: [flush(path) for path in some], todo[i::n]) for i in range(n)]:
             done.result()
+
+
+def _flushed_whole(path: Path) -> bool:
+    """Flush the whole file system that holds a path by Linux's syncfs(2), unless that might wait for other programs or not tell of errors.
+
+    A disk took 60 ms to flush a hundred files that it had, and 5 ms so.
+    """
+    version = tuple(int(n) for n in re.findall(r"\d+", os.uname().release)[:2])
+    call = _from_libc("syncfs")
+    if call is None or version < SURE or _file_system(path) not in WHOLE or _unwritten() > LITTLE:
+        return False
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if call(handle):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+    finally:
+        os.close(handle)
+    return True
+
+
+def _unwritten() -> float:
+    """Count the bytes that this machine's programs have written and not brought to a disk."""
+    try:
+        found = re.findall(r"^(?:Dirty|Writeback): +(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = []
+    return 1024 * sum(map(int, found)) if found else math.inf
 
 
 def with_folders(paths: Iterable[Path], top: Path) -> list[Path]:
