@@ -14,6 +14,10 @@ def test_every_collective_has_its_exact_transpose(ranks: Ranks) -> None:
     assert max(errors.values()) < 1e-12, errors
 
 
+def test_what_one_rank_cannot_do_none_does(ranks: Ranks) -> None:
+    assert ranks.run("tests.cases.collectives:agreeing", 2) == [True, False, False, False]
+
+
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_reshard_between_random_layouts(ranks: Ranks, world: int) -> None:
     assert ranks.run("tests.cases.collectives:resharding", world, count=40, seed=world) == 40

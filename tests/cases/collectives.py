@@ -6,9 +6,11 @@ import random
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.func import vjp
 
+from mtl.runtime import process
 from mtl.sharding import collectives
 from mtl.sharding.layout import Layout, box
 from mtl.sharding.mesh import Mesh, MeshShape, make_mesh
@@ -43,6 +45,12 @@ def transposes() -> dict[str, float]:
         assert _sum((out - x).abs() if out.shape == x.shape else out.new_ones(1)) > 1e-3, f"{name} did nothing"
         errors[f"{name} {'+'.join(axes)}"] = abs(left - right) / abs(left)
     return errors
+
+
+def agreeing() -> list[bool]:
+    """Say what all ranks take from votes of which none, one or all are against."""
+    at = process.Place(dist.get_rank(), dist.get_world_size(), 0, torch.device("cpu"))
+    return [process.all_agree(vote, at) for vote in (True, at.rank != 1, at.rank == 1, False)]
 
 
 def _whole(seed: int) -> Tensor:
