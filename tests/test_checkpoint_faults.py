@@ -206,53 +206,71 @@ def test_files_leave_for_the_disk_before_the_first_is_flushed(tmp_path: Path, mo
     assert len(out) > 30 and not out & early and out < late, "each flush waits for the disk: all files share few"
 
 
-def test_one_call_flushes_all_where_little_else_is_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is there at the last such call is all that the commit shows; the folder's new name alone is flushed after it."""
-    done: list[tuple[str, Any]] = []
-    usual, flush, place = files._from_libc, files.flush, tmp_path / f"3{UNFINISHED}"
+@pytest.fixture
+def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let one call flush the file system, which notes that it was called and answers with the error's number that stands first."""
+    answer, usual = [0], files._from_libc
 
     def syncfs(handle: int) -> int:
-        assert Path(f"/proc/self/fd/{handle}").readlink().is_relative_to(place)
-        done.append(("all", {p.relative_to(place) for p in place.rglob("*")}))
-        return 0
+        answer.append(handle)
+        ctypes.set_errno(answer[0])
+        return -1 if answer[0] else 0
 
     monkeypatch.setattr(files, "_from_libc", lambda name: syncfs if name == "syncfs" else usual(name))
-    monkeypatch.setattr(files, "flush", lambda path: (done.append(("one", path)), flush(path)))
     monkeypatch.setattr(files, "MEMORY", ())
     monkeypatch.setattr(files, "WHOLE", (files._file_system(tmp_path),))
-    monkeypatch.setattr(files, "_unwritten", lambda: 0)
+    monkeypatch.setattr(files, "SURE", (0, 0))
+    monkeypatch.setattr(files, "_unwritten", lambda: files.LITTLE)
+    return answer
+
+
+def test_one_call_flushes_all_where_little_else_is_to_be_written(whole: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is there when the last such call is followed by a flush is all that the commit shows; the folder's new name comes after."""
+    done: list[tuple[int, Path, set[Path]]] = []
+    place, real = tmp_path / f"3{UNFINISHED}", os.fsync
+
+    def fsync(handle: int) -> None:
+        done.append((len(whole), Path(f"/proc/self/fd/{handle}").readlink(), {p.relative_to(place) for p in place.rglob("*")}))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     checkpoint.save(tmp_path / "3", STATE)
-    assert done[-2] == ("all", {p.relative_to(tmp_path / "3") for p in (tmp_path / "3").rglob("*")})
-    assert [path for what, path in done if what == "one"] == [tmp_path]
+    calls, paths, held = zip(*done, strict=True)
+    assert held[-2] == {p.relative_to(tmp_path / "3") for p in (tmp_path / "3").rglob("*")}
+    assert paths[-1] == tmp_path and all(path.is_relative_to(place) for path in paths[:-1])
+    assert calls[-2] == len(whole) == len(done) > 2, "one flush after each call, then that of the name"
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("WHOLE", ()), ("SURE", (99, 0)), ("_unwritten", lambda: math.inf), ("_from_libc", lambda name: None)]
+    ("name", "value"),
+    [
+        ("WHOLE", ()),
+        ("SURE", (99, 0)),
+        ("_unwritten", lambda: files.LITTLE + 1),
+        ("_from_libc", lambda name: None),
+        ("answer", errno.EPERM),
+    ],
 )
 def test_files_are_flushed_one_by_one_where_one_call_would_wait_or_say_nothing(
-    name: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, value: Any, whole: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "WHOLE", (files._file_system(tmp_path),))
-    monkeypatch.setattr(files, "_unwritten", lambda: 0)
     assert files._flushed_whole(tmp_path)
-    monkeypatch.setattr(files, name, value)
+    if name == "answer":
+        whole[0] = value
+    else:
+        monkeypatch.setattr(files, name, value)
     assert not files._flushed_whole(tmp_path)
 
 
 def test_what_other_programs_have_not_written_is_counted(tmp_path: Path) -> None:
-    assert files._unwritten() < math.inf
+    (tmp_path / "said").write_text("MemFree:  9 kB\nDirty:               300 kB\nWriteback:            20 kB\nWritebackTmp:  5 kB\n")
+    assert files._unwritten(tmp_path / "said") == 1024 * 320
+    (tmp_path / "said").write_text("nothing of the kind")
+    assert files._unwritten(tmp_path / "said") == files._unwritten(tmp_path / "none") == math.inf
 
 
-def test_a_file_system_that_cannot_be_flushed_ends_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def syncfs(handle: int) -> int:
-        ctypes.set_errno(errno.EIO)
-        return -1
-
-    usual = files._from_libc
-    monkeypatch.setattr(files, "_from_libc", lambda name: syncfs if name == "syncfs" else usual(name))
-    monkeypatch.setattr(files, "MEMORY", ())
-    monkeypatch.setattr(files, "WHOLE", (files._file_system(tmp_path),))
-    monkeypatch.setattr(files, "_unwritten", lambda: 0)
+def test_a_file_system_that_cannot_be_flushed_ends_the_save(whole: list[int], tmp_path: Path) -> None:
+    whole[0] = errno.EIO
     with pytest.raises(checkpoint.CheckpointError, match=os.strerror(errno.EIO)):
         checkpoint.save(tmp_path / "3", STATE)
     assert not list(tmp_path.iterdir()), "nothing is kept"

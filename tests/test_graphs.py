@@ -153,6 +153,12 @@ import torch
 from mtl.runtime.compile import compiled
 compiled(len, "inductor")
 assert torch.ops.mtl_memory.stored.default in sys.modules["torch._inductor.lowering"].lowerings
+
+class Deep:
+    __str__ = __repr__ = None  # what it was made from, and what that was made from
+
+spelled = sys.modules["torch._inductor.exc"].OperatorIssue.operator_str("op", [Deep()], {"k": 1})
+assert spelled == "  op(Deep, int)", spelled
 """
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -70,6 +70,13 @@ class Channel:
         address = self.handle.buffer_ptrs[self.handle.rank] + self.slots * self.bytes + PAGE * row + 4 * member
         counters.wait(stream, address, value)
 
+    def is_free(self, number: int) -> bool:
+        """Tell whether nobody can still read what lay in the slot of gather ``number`` before it, by what has been seen alone.
+
+        A member offers a part once it has read all that was offered before. So who saw gather n arrive knows that all read n - 1.
+        """
+        return number < self.slots or self.seen >= number - self.slots + 2
+
     def others(self) -> list[int]:
         """List the other members, each one starting with the next, so that no two ask the same one at once."""
         size = self.handle.world_size
@@ -111,8 +118,7 @@ def _gather(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, turn
     me, number = channel.handle.rank, channel.count
     channel.count += 1
     out = flat[0].new_empty((size, rows, columns), dtype=dtype)
-    if number >= channel.slots and channel.seen < number - channel.slots + 2:
-        # Otherwise: who offered what this stream has seen arrive had read all that was offered before it.
+    if not channel.is_free(number):
         for member in channel.others():
             channel.await_(main, member, 1, number - channel.slots + 1)
     mine = channel.slot(me, number, (rows, columns), dtype)

@@ -31,7 +31,7 @@ def _move(
             part, skipped, stride, step = v, BOTH, stride_v, head_v
         elif start >= COUNT:
             part, skipped, stride, step = k, COUNT, stride_k, head_k
-        head = start + tl.arange(0, GROUP)[None, :, None]
+        head = (start + tl.arange(0, GROUP)).to(tl.int64)[None, :, None]
         whole = y + token * stride_y + head * (2 * HALF)
         own = part + token * stride + (head - skipped) * step
         source, target = (own, whole) if BACK else (whole, own)
