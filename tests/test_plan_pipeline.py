@@ -28,7 +28,7 @@ def choices(name: str) -> dict[str, Any]:
     return dict(zip(("mesh", "table", "model", "schedule", "micros", "remat", "layers"), CASES[name], strict=True))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "context" else name for name in CASES])
 def test_counts_are_those_of_real_devices(ranks: Ranks, name: str) -> None:
     asked = choices(name)
     world = MeshShape(**asked["mesh"]).devices()

@@ -77,8 +77,8 @@ def test_what_backward_keeps_is_not_copied_for_quack(one: Any, package: Package,
 @pytest.mark.parametrize(
     ("how", "gates", "remat"),
     [
-        ("none", False, "none"), ("step", False, "none"), ("none", True, "none"), ("step", True, "none"), ("step+engine", True, "none"),
-        ("block", True, "none"), ("step", True, "mlp:1"), ("step", True, "dense"),
+        ("none", False, "none"), ("step", False, "none"), ("none", True, "none"), ("step+engine", True, "none"), ("block", True, "none"),
+        ("step", True, "dense"), *(pytest.param("step", True, remat, marks=pytest.mark.slow) for remat in ("none", "mlp:1")),
     ],
 )  # fmt: skip
 def test_products_under_fsdp_are_one_devices(ranks: Ranks, references: Path, how: str, gates: bool, remat: str) -> None:
