@@ -2,9 +2,6 @@
 
 import dataclasses
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,8 +13,8 @@ from mtl.precision import PRECISIONS
 from mtl.runtime import process
 from mtl.sharding.parallel import Parallel
 from tests.cases.fp8 import CONFIG
+from tests.interpreter import interpret
 from tests.ranks import Ranks
-from tests.test_pretrain import ROOT
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -144,9 +141,7 @@ def test_both_ways_are_the_same_numbers() -> None:
 
 def test_the_kernel_is_the_reference() -> None:
     """Under Triton's interpreter: every layout, tile, scale and limit."""
-    pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernel")
-    command = [sys.executable, "-c", "from tests.cases import fp8; fp8.kernel()"]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
+    interpret("fp8", "kernel()")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

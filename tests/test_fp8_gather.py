@@ -1,8 +1,5 @@
 """Weights gathered in 8 bits: half the bytes, the same bits, one all-reduce a step."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -11,9 +8,9 @@ import torch
 from mtl.kernels import fp8
 from tests.cases.fp8 import CONFIG
 from tests.cases.fp8_gather import kernels
+from tests.interpreter import interpret
 from tests.ranks import Ranks
 from tests.test_fp8 import draw
-from tests.test_pretrain import ROOT
 
 LAYER = 64 * (64 + 2 * 32 + 64 + 3 * 96)
 TRIPS = 4
@@ -38,9 +35,7 @@ def byte(x: torch.Tensor) -> torch.Tensor:
 
 def test_the_kernels_are_the_reference() -> None:
     """Under Triton's interpreter: parts that lie apart, side by side, and bytes turned over."""
-    pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernel")
-    command = [sys.executable, "-c", "from tests.cases import fp8_gather; fp8_gather.kernels('cpu')"]
-    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"})
+    interpret("fp8_gather", "kernels('cpu')")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

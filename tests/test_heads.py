@@ -1,10 +1,5 @@
 """Query, key and value out of one product, turned: equal to taking them apart and turning each, both ways."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +8,7 @@ from torch.func import grad
 
 from mtl.ops.heads import turned_apart
 from mtl.ops.rotary import rotate
+from tests.interpreter import interpret
 
 HEADS, KV, SIZE = 4, 2, 6
 
@@ -46,9 +42,7 @@ def test_one_pass_gives_what_separate_operations_give(pairs: str) -> None:
 
 
 def test_the_kernel_is_the_same_under_tritons_interpreter() -> None:
-    pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernel")
-    command = [sys.executable, "-c", "from tests.cases import heads_kernels; heads_kernels.check('cpu')"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env={**os.environ, "TRITON_INTERPRET": "1"})
+    interpret("heads_kernels", "check('cpu')")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

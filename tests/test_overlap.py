@@ -1,11 +1,7 @@
 """The overlap pass: gathers start before earlier products, sums are collected later, and the numbers stay."""
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from typing import cast as cast_to
@@ -15,6 +11,7 @@ import torch
 
 from mtl.kernels import copy_engine
 from mtl.runtime.overlap import DISTANCE
+from tests.interpreter import interpret
 from tests.ranks import Ranks
 
 
@@ -103,9 +100,7 @@ def test_who_waits_for_a_gather_has_seen_it() -> None:
 
 def test_the_kernels_beside_copy_engines_are_plain_sums_and_casts() -> None:
     """Under Triton's interpreter."""
-    pytest.importorskip("triton", reason="needs Triton, whose interpreter runs the kernel")
-    command = [sys.executable, "-c", "from tests.cases import engine_kernels; engine_kernels.check('cpu')"]
-    subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env={**os.environ, "TRITON_INTERPRET": "1"})
+    interpret("engine_kernels", "check('cpu')")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -8,9 +8,7 @@ are those of a reduce-scatter in a wider type: parts travel as they are and are 
 of gloo's.
 """
 
-import functools
 import importlib
-import importlib.util
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mtl.kernels import counters, fp8
+from mtl.kernels import counters, fp8, nvidia
 from mtl.kernels.columns import beside, cut
 
 GATHERS, SUMS = 4, 3
@@ -187,7 +185,7 @@ def _collect(sent: Tensor, parts: Tensor, columns: list[int], dtype: torch.dtype
 
 def _added(landed: Tensor, own: Tensor, me: int, columns: list[int], dtype: torch.dtype, turns: bool) -> list[Tensor]:
     """Sum what landed, [size, rows, columns], over the members in a type, cut by columns; what ``me`` has did not travel."""
-    kernel = _kernel()
+    kernel = nvidia.module("engine_triton")
     if kernel is not None:
         return kernel.sums_in_turn(landed, own, me, dtype) if turns else kernel.sums(landed, own, me, columns, dtype)
     landed[me].copy_(own)
@@ -196,7 +194,7 @@ def _added(landed: Tensor, own: Tensor, me: int, columns: list[int], dtype: torc
 
 def _cast(shards: list[Tensor], out: Tensor, also: Tensor, turns: bool) -> None:
     """Write shards where the peers read them and where this device does: a copy by a kernel would wait for the product beside it."""
-    kernel = _kernel()
+    kernel = nvidia.module("engine_triton")
     if kernel is None:
         out.copy_(beside(shards, turns))
         also.copy_(out)
@@ -204,13 +202,6 @@ def _cast(shards: list[Tensor], out: Tensor, also: Tensor, turns: bool) -> None:
         kernel.cast_in_turn(*shards, out, also)
     else:
         kernel.cast(shards, out, also)
-
-
-@functools.cache
-def _kernel() -> Any:
-    """Give the module of the kernel, where there is Triton for NVIDIA GPUs."""
-    there = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-    return importlib.import_module("mtl.kernels.engine_triton") if there else None
 
 
 def _gather_shape(shards: list[Tensor], scale: Tensor | None, dtype: torch.dtype, turns: bool, size: int, group: str) -> Tensor:

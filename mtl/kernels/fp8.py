@@ -10,14 +10,13 @@ Weights that rest in parts and whose scale is known are rounded part by part (`s
 bytes (`turned`): the same numbers as those of the whole weight.
 """
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from mtl.kernels import nvidia
 
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 MULTIPLE = 16
@@ -93,7 +92,7 @@ def turned(x: Tensor) -> Tensor:
 
 def lay(x: Tensor, scale: Tensor, through: torch.dtype, out: Tensor, also: Tensor | None = None) -> None:
     """Round one matrix into ``out``, and a second place, whose rows may lie apart; see `side_by_side`."""
-    kernel = _kernel() if x.device.type == "cuda" else None
+    kernel = nvidia.module("fp8_triton") if x.device.type == "cuda" else None
     if kernel is not None:
         kernel.lay(x, scale, through, out, also)
         return
@@ -128,7 +127,7 @@ def plain(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.dt
 
 
 def _launch(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    kernel = _kernel()
+    kernel = nvidia.module("fp8_triton")
     return (plain if kernel is None else kernel.rounded)(x, across, down, dtype)
 
 
@@ -141,7 +140,7 @@ def _side_by_side(parts: list[Tensor], scale: Tensor, through: torch.dtype) -> T
 
 
 def _turn(x: Tensor) -> Tensor:
-    kernel = _kernel() if x.device.type == "cuda" else None
+    kernel = nvidia.module("fp8_triton") if x.device.type == "cuda" else None
     return x.view(torch.uint8).t().contiguous().view(x.dtype) if kernel is None else kernel.turned(x)
 
 
@@ -158,13 +157,6 @@ def _shape(x: Tensor, across: Tensor | None, down: Tensor | None, dtype: torch.d
     shapes = (0 if across is None else (rows, columns), 0 if down is None else (columns, rows))
     first, second = (torch.empty(shape, dtype=dtype, device=x.device) for shape in shapes)
     return first, second
-
-
-@functools.cache
-def _kernel() -> Any:
-    """Give the module of the kernel, where there is Triton for NVIDIA GPUs."""
-    there = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-    return importlib.import_module("mtl.kernels.fp8_triton") if there else None
 
 
 for _key in ("CUDA", "CPU", "XPU", "MPS"):

@@ -3,14 +3,12 @@
 A compiler makes three kernels of each way, and writes the gradients twice: once turned back, once side by side.
 """
 
-import functools
-import importlib
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtl.kernels import nvidia
 from mtl.kernels.angles import rotate
 
 _library: Any = torch.library.Library("mtl_heads", "DEF")
@@ -31,7 +29,7 @@ def join(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pairs: str) 
 
 
 def _apart(y: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, pairs: str) -> tuple[Tensor, Tensor, Tensor]:
-    kernel = _kernel() if y.is_cuda and y.dtype != torch.float64 else None
+    kernel = nvidia.module("heads_triton") if y.is_cuda and y.dtype != torch.float64 else None
     if kernel is not None:
         q, k, v = _apart_shape(y, cos, sin, heads, kv_heads, pairs)
         kernel.move(y.contiguous(), q, k, v, *_by_token(y, cos, sin), pairs, back=False)
@@ -41,7 +39,7 @@ def _apart(y: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, pairs
 
 
 def _join(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pairs: str) -> Tensor:
-    kernel = _kernel() if q.is_cuda and q.dtype != torch.float64 else None
+    kernel = nvidia.module("heads_triton") if q.is_cuda and q.dtype != torch.float64 else None
     if kernel is not None:
         y = _join_shape(q, k, v, cos, sin, pairs)
         kernel.move(y, q, k, v, *_by_token(y, cos, sin), pairs, back=True)
@@ -52,13 +50,6 @@ def _join(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pairs: str)
 def _by_token(y: Tensor, *angles: Tensor) -> list[Tensor]:
     """Give every token's angles as rows."""
     return [x.expand(*y.shape[:-1], x.shape[-1]).reshape(-1, x.shape[-1]).contiguous() for x in angles]
-
-
-@functools.cache
-def _kernel() -> Any:
-    """Give the module of the kernel, where there is Triton for NVIDIA GPUs."""
-    there = torch.version.hip is None and importlib.util.find_spec("triton") is not None
-    return importlib.import_module("mtl.kernels.heads_triton") if there else None
 
 
 def _apart_shape(y: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, pairs: str) -> tuple[Tensor, Tensor, Tensor]:
