@@ -36,6 +36,11 @@ def leaves(tree: Tree) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
+def leaves_like(tree: Tree, other: Tree) -> list[Any]:
+    """List what ``other``, of the same structure and deeper, has at the leaves of ``tree``."""
+    return pytree.tree_structure(tree).flatten_up_to(other)
+
+
 def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Apply a function to the leaves of one tree, or of several of one structure."""
     return pytree.tree_map(fn, tree, *rest)

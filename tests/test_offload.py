@@ -9,7 +9,7 @@ import torch
 from mtl.errors import UserError
 from mtl.kernels import host_copy
 from mtl.precision import PRECISIONS
-from mtl.train.offload import bounds
+from mtl.train.parts import bounds
 from mtl.train.step import StepOptions
 from tests.ranks import Ranks
 from tests.small import BATCH, SEQ

@@ -39,7 +39,7 @@ def main() -> None:
     bench = tyro.cli(Bench, args=process.command_line())
     at = process.place()
     process.prepare_environment()
-    options: Any = inductor_options("inductor", 1, at.device.type, False)
+    options: Any = inductor_options("inductor", at.device.type, False)
 
     def say(what: str, *, columns: int, run: Callable[[], Any], amount: float, unit: str, note: str = "") -> None:
         ms = clock(run, bench.rounds, at.device)

@@ -215,7 +215,7 @@ def make_fold(
 def _compiler(par: Parallel, backend: Any) -> Callable[[Any], Any]:
     if backend is None:
         return lambda fn: fn
-    options = inductor_options(backend, par.mesh.shape.devices(), par.mesh.device_type, False)
+    options = inductor_options(backend, par.mesh.device_type, False)
     return lambda fn: compiled(fn, backend, options=options)
 
 

@@ -108,3 +108,9 @@ def clip(grads: tree.Tree, norm: Tensor, limit: float) -> tree.Tree:
 def sum_of_squares(grads: list[Tensor], copies: list[int]) -> Tensor:
     """Sum the squares of local gradients, each divided by how many devices hold the same part."""
     return tree.total(g.to(wide(g.dtype)).square().sum() / n for g, n in zip(grads, copies, strict=True))
+
+
+def squares_of_many(grads: list[Tensor]) -> Tensor:
+    """Sum the squares of many tensors of one type, without a kernel for each."""
+    norms = torch._foreach_norm(grads, 2.0, wide(grads[0].dtype))
+    return torch.stack(norms).square().sum()

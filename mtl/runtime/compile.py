@@ -62,8 +62,8 @@ def _name_operations_briefly() -> None:
     issue.operator_str = staticmethod(brief)
 
 
-def inductor_options(backend: Any, devices: int, device_type: str, overlapped: bool) -> dict[str, Any] | None:
-    """Give inductor's options for a step: roundings and order as written, and overlap where several GPUs talk.
+def inductor_options(backend: Any, device_type: str, in_pieces: bool) -> dict[str, Any] | None:
+    """Give inductor's options for a step: roundings and order as written; on GPUs, ``in_pieces``, overlap and layers as pieces.
 
     Left to itself inductor moves every operation to its first reader ("for locality"), in graphs that autograd does not differentiate, as
     these. So the products for weights' gradients went to the end of the step, and what is computed again to where the gradients met it;
@@ -77,8 +77,11 @@ def inductor_options(backend: Any, devices: int, device_type: str, overlapped: b
     """
     if backend != "inductor":
         return None
-    talks = overlapped and devices > 1 and device_type == "cuda"
-    found = {"emulate_precision_casts": True, "reorder_for_locality": False, **(overlap.options() if talks else {})}
+    found = {
+        "emulate_precision_casts": True,
+        "reorder_for_locality": False,
+        **(overlap.options() if in_pieces and device_type == "cuda" else {}),
+    }
     return found | {"max_fusion_buffer_group_pairwise_attempts": 8, "graph_partition": False}
 
 

@@ -1,6 +1,7 @@
 """Gradients of a step: of each micro-batch, accumulated, then summed over the devices that hold the same parameter."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,15 +17,22 @@ from mtl.sharding.layout import missing_axes
 from mtl.sharding.parallel import Parallel
 from mtl.train.loss import Batch, Loss
 
+LEAST = 2**24
+"""Parameters of a layer, on one device, from which on its gradients stay apart: the update is called once a layer then, which takes the
+host half a millisecond."""
+
 Gradient = Callable[[tree.Tree, Batch, Tensor], tuple[tree.Tree, Tensor]]
 
 
-def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None, rest: torch.dtype | None = None) -> Gradient:
+def value_and_grad(
+    loss: Loss, how: str, backend: Any, options: Any = None, rest: torch.dtype | None = None, stays: tree.Tree | None = None
+) -> Gradient:
     """Make ``gradient(params, batch, scale)``: gradients of scale times the loss, and this device's shares of
     the summed (loss, cross-entropy).
 
     ``how`` is none (torch.func, eager), step (torch.func in one compiled graph) or block (autograd over compiled blocks). Parameters that
     come in a narrower type than the one they ``rest`` in are widened first: no value changes, and gradients are those of the type at rest.
+    In one graph, gradients of layers for which ``stays`` is true come as lists, an entry a layer; all others are stacked.
     """
 
     def widened(params: Any) -> Any:
@@ -48,13 +56,13 @@ def value_and_grad(loss: Loss, how: str, backend: Any, options: Any = None, rest
 
     def functional_apart(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
         grads, shares = functional(params, batch, scale)
-        return together(grads), shares
+        return together(grads, stays), shares
 
     def like(params: Any, batch: Batch, scale: Tensor) -> tuple[Any, Tensor]:
         """Give the shapes without going backward: gradients are like their parameters."""
         whole = widened(params)
         grads = tree.map(lambda p: torch.empty_like(p, memory_format=torch.contiguous_format), whole)
-        return together(grads), scaled(whole, batch, scale)[1]
+        return together(grads, stays), scaled(whole, batch, scale)[1]
 
     if how == "block":
         return autograd
@@ -78,9 +86,26 @@ def apart(params: tree.Tree) -> tree.Tree:
     return {name: tree.unstack(part) if name == "layers" and tree.leaves(part) else part for name, part in params.items()}
 
 
-def together(params: tree.Tree) -> tree.Tree:
-    """Undo `apart`."""
-    return {name: tree.stack(part) if isinstance(part, list) else part for name, part in params.items()}
+def together(params: tree.Tree, stays: tree.Tree | None = None) -> tree.Tree:
+    """Undo `apart`; of what ``stays`` says, give lists."""
+
+    def one(stay: bool, *layers: Tensor) -> Any:
+        return list(layers) if stay else torch.stack(layers)
+
+    if stays is None:
+        return {name: tree.stack(part) if isinstance(part, list) else part for name, part in params.items()}
+    return {name: tree.map(one, stays, *part) if isinstance(part, list) else part for name, part in params.items()}
+
+
+def stay_apart(par: Parallel, specs: tree.Tree) -> tree.Tree | None:
+    """Say which layers' gradients need no sum over devices and so no stack; None where there are none, or where stacks cost less."""
+    if par.rules.gather == "step" or not tree.leaves(specs.get("layers")):
+        return None
+    layouts = tree.map(lambda spec: par.layout(spec.axes, "store"), specs["layers"])
+    found = tree.map(lambda layout: not missing_axes(layout, par.mesh), layouts)
+    rows = zip(tree.leaves(specs["layers"]), tree.leaves(layouts), tree.leaves(found), strict=True)
+    sizes = [math.prod(spec.shape[1:]) // par.mesh.size(layout.used()) for spec, layout, alone in rows if alone]
+    return found if sizes and sum(sizes) >= LEAST else None
 
 
 def gather_weights(par: Parallel, letters: tree.Tree, params: tree.Tree, dtype: torch.dtype) -> tree.Tree:
@@ -128,7 +153,8 @@ def reduce_gradients(par: Parallel, letters: tree.Tree, grads: tree.Tree, params
     return tree.map(one, letters, grads, params)
 
 
-def global_norm(par: Parallel, letters: tree.Tree, grads: tree.Tree) -> Tensor:
-    """Give the norm of all gradients over the whole mesh, the same bits on every device."""
+def global_norm(par: Parallel, letters: tree.Tree, grads: tree.Tree, beside: Sequence[Tensor] = ()) -> Tensor:
+    """Give the norm of all gradients over the whole mesh, the same bits on every device; ``beside`` are sums of squares of others."""
     copies = [par.mesh.size(missing_axes(par.layout(axes, "store"), par.mesh)) for axes in tree.leaves(letters)]
-    return psum(sum_of_squares(tree.leaves(grads), copies), par.mesh.shape.active(), par.mesh).sqrt()
+    squares = [sum_of_squares(tree.leaves(grads), copies)] if copies else []
+    return psum(tree.total([*squares, *beside]), par.mesh.shape.active(), par.mesh).sqrt()

@@ -1,6 +1,6 @@
 """Optimizer state and master weights in host memory: the device holds weights in the type of products, and the update streams the rest.
 
-A chunk is an equal share of every array. While one is updated, the next comes and the one before leaves.
+While one part is updated, the next comes and the one before leaves.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,11 @@ from mtl.precision import Precision
 from mtl.sharding.mesh import Mesh
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
+from mtl.train.parts import Parts, count_layers, stacked
 from mtl.train.state import TrainState, start_state
 
 CHUNK = 2**25
-"""Parameters of a chunk: 128 MiB of each float32 array. Two chunks of them come, two leave."""
-ALIGNED = 64
-"""Elements: what every chunk's start divides by."""
+"""Parameters of a part at most: 128 MiB of each kind of float32 array. Two parts of them come, two leave."""
 KINDS = ("none", "activations", "optimizer", "both")
 
 
@@ -112,37 +111,38 @@ class Weights:
 
 
 def stream(apply: Any, state: TrainState, grads: tree.Tree, weights: Weights, scalars: Any) -> None:
-    """Update parameters and optimizer state in place, chunk by chunk: ``apply(params, opt_state, grads, scalars)`` gives new ones."""
+    """Update parameters and optimizer state in place, part by part: ``apply(params, opt_state, grads, scalars)`` gives new ones."""
     device, opt_state = weights.device, state.opt_state["optimizer"]
     held, structure = tree.flatten((state.params, opt_state))
+    layered = stacked((state.params, opt_state))
     masters = [leaves_device(spec, weights.precision) for spec in tree.leaves(weights.specs)]
     away = [*masters, *(bool(x.dim()) for x in tree.leaves(opt_state))]
-    count = chunks(state.params)
-    grad_leaves, grad_structure = tree.flatten(tree.map(torch.Tensor.contiguous, grads))
+    taken = parts(state.params)
+    grad_leaves = tree.leaves_like(state.params, tree.map(torch.Tensor.contiguous, grads))
     in_use_leaves = tree.leaves(weights.held)
     after: list[list[Any]] = []
     scalars_after: list[Tensor] = []
 
     def fetched(c: int) -> list[tuple[Tensor, Any]]:
-        parts = [_part(x, c, count) if x.dim() else x for x in held]
-        return [host_copy.bring(x, device) if leaves else (x, None) for x, leaves in zip(parts, away, strict=True)]
+        now = [taken.take(x, by_layer, c) if x.dim() else x for x, by_layer in zip(held, layered, strict=True)]
+        return [host_copy.bring(x, device) if leaves else (x, None) for x, leaves in zip(now, away, strict=True)]
 
     ahead = fetched(0)
-    for c in range(count):
+    for c in range(taken.count):
         if c > 1:
-            _wait(after[c - 2])  # else the host runs ahead, and every chunk takes memory of its own
-        now, ahead = ahead, fetched(c + 1) if c + 1 < count else []
+            _wait(after[c - 2])  # else the host runs ahead, and every part takes memory of its own
+        now, ahead = ahead, fetched(c + 1) if c + 1 < taken.count else []
         for _, event in now:
             if event is not None:
                 torch.cuda.current_stream(device).wait_event(event)
         params, opt_state = tree.unflatten(structure, [x for x, _ in now])
-        part = tree.unflatten(grad_structure, [_part(g, c, count) for g in grad_leaves])
-        new = tree.leaves(apply(params, opt_state, part, scalars))
-        for w, x, leaves in zip(in_use_leaves, new, masters, strict=False):  # parameters come first
+        part = [taken.take(g, by_layer, c) for g, by_layer in zip(grad_leaves, layered, strict=False)]  # parameters come first
+        new = tree.leaves(apply(params, opt_state, tree.unflatten(tree.flatten(params)[1], part), scalars))
+        for w, x, leaves, by_layer in zip(in_use_leaves, new, masters, layered, strict=False):
             if leaves:
-                _part(w, c, count).copy_(x)
-        columns = zip(new, held, away, strict=True)
-        after.append([_stored(x, _part(target, c, count), leaves) for x, target, leaves in columns if target.dim()])
+                taken.take(w, by_layer, c).copy_(x)
+        columns = zip(new, held, away, layered, strict=True)
+        after.append([_stored(x, taken.take(target, by_layer, c), leaves) for x, target, leaves, by_layer in columns if target.dim()])
         scalars_after = [x for x, target in zip(new, held, strict=True) if not target.dim()]
     for target, x in zip([x for x in held if not x.dim()], scalars_after, strict=True):
         target.copy_(x)
@@ -150,22 +150,10 @@ def stream(apply: Any, state: TrainState, grads: tree.Tree, weights: Weights, sc
         torch.cuda.current_stream(device).wait_stream(host_copy.lanes(device).out)
 
 
-def chunks(params: tree.Tree) -> int:
-    """Count the chunks of an update."""
-    return max(1, -(-sum(x.numel() for x in tree.leaves(params)) // CHUNK))
-
-
-def bounds(size: int, c: int, count: int) -> tuple[int, int]:
-    """Give (start, length) of chunk c of an array: all are equal but the last, which takes the rest, so two shapes are compiled.
-
-    Chunks start where the vectors of a kernel over the whole array would, so that each number is computed alike.
-    """
-    each = size // count // ALIGNED * ALIGNED
-    return c * each, size - c * each if c == count - 1 else each
-
-
-def _part(x: Tensor, c: int, count: int) -> Tensor:
-    return x.view(-1).narrow(0, *bounds(x.numel(), c, count))
+def parts(params: tree.Tree) -> Parts:
+    """Say in which parts an update takes its state, each of at most `CHUNK` parameters."""
+    layers = count_layers(params)
+    return Parts(layers, max(1, -(-sum(x.numel() for x in tree.leaves(params)) // (CHUNK * max(1, layers)))))
 
 
 def _stored(x: Tensor, target: Tensor, leaves: bool) -> Any:

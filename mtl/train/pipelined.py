@@ -248,7 +248,8 @@ def make_pipelined_step(
     """
     staging = Staging(whole or model, config, par, options.precision, pipeline, model)
     letters = tree.map(lambda spec: spec.axes, model.specs(config))
-    settings = inductor_options(options.backend, staging.inner.mesh.shape.devices(), par.mesh.device_type, options.overlap)
+    talks = options.overlap and staging.inner.mesh.shape.devices() > 1
+    settings = inductor_options(options.backend, par.mesh.device_type, talks)
     plain = replace(par, rules=replace(par.rules, gather="layer"))  # gradients come back at rest
     finish = make_update(plain, letters, optimizer, schedule, options)
     update = compile_update(finish, optimizer, options)

@@ -1,6 +1,6 @@
 """The training step: one pure function from (state, batch) to (state, metrics)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,15 +11,16 @@ from mtl import random, tree
 from mtl.errors import UserError, unknown
 from mtl.ops.scales import weight_scales
 from mtl.optim.schedules import Schedule
-from mtl.optim.transforms import Optimizer, clip
+from mtl.optim.transforms import Optimizer, clip, squares_of_many
 from mtl.precision import Precision
 from mtl.runtime.compile import compiled, inductor_options, update_options
 from mtl.sharding.collectives import psum
 from mtl.sharding.parallel import Parallel
 from mtl.sharding.shard_map import to_local
 from mtl.train import offload
-from mtl.train.gradient import accumulate, gather_weights, global_norm, reduce_gradients, value_and_grad
+from mtl.train.gradient import accumulate, gather_weights, global_norm, reduce_gradients, stay_apart, value_and_grad
 from mtl.train.loss import Batch, Model, Remat, make_loss, parse_remat
+from mtl.train.parts import Parts, count_layers, stacked
 from mtl.train.state import TrainState, next_scale
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, Tensor]]]
@@ -67,13 +68,14 @@ def make_step(
     """
     blocks = options.backend if options.compile == "block" else None
     loss = make_loss(model, config, par, options.precision, options.again(), blocks)
-    settings = inductor_options(options.backend, par.mesh.shape.devices(), par.mesh.device_type, options.overlap)
+    settings = inductor_options(options.backend, par.mesh.device_type, options.overlap)
     specs = model.specs(config)
     weights = weights or offload.weights(specs, options.precision, par, options.offload)
     rest = options.precision.param if weights is not None and par.rules.gather != "step" else None
-    gradient = value_and_grad(loss, options.compile, options.backend, settings, rest)
     letters, projections = tree.map(lambda spec: spec.axes, specs), model.projections(config)
-    update = make_whole_update(par, letters, optimizer, schedule, options, weights)
+    stays = stay_apart(par, specs) if options.compile == "step" and not options.precision.scaled else None
+    gradient = value_and_grad(loss, options.compile, options.backend, settings, rest, stays)
+    update = make_whole_update(par, letters, optimizer, schedule, options, weights, stays)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Tensor]]:
         local = tree.map(to_local, state)
@@ -99,16 +101,22 @@ def loss_scale(par: Parallel, state: TrainState, batch: Batch) -> tuple[Tensor, 
 
 
 def make_whole_update(
-    par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedule: Schedule, options: StepOptions, weights: offload.Weights | None
-) -> Any:
-    """Make the compiled second half of a step; with ``weights``, those the device holds, the state streams through it."""
-    if weights is None:
+    par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedule: Schedule, options: StepOptions, weights: offload.Weights | None,
+    stays: tree.Tree | None,
+) -> Any:  # fmt: skip
+    """Make the compiled second half of a step.
+
+    It goes part by part where layers' gradients stay apart, and where the state streams (with ``weights``, those that the device holds).
+    """
+    if weights is None and stays is None:
         return compile_update(make_update(par, letters, optimizer, schedule, options), optimizer, options)
-    measure = make_measure(par, letters, schedule, options)
-    return make_streamed_update(
-        compiled(measure, options.backend, options=update_options(options.backend)) if options.compile != "none" else measure,
-        compile_update(make_apply(optimizer, options), optimizer, options), options, weights,
-    )  # fmt: skip
+    lone = tree.leaves(tree.join(tree.map(lambda _: False, letters), {} if stays is None else {"layers": stays}))
+    summed = [axes for axes, alone in zip(tree.leaves(letters), lone, strict=True) if not alone]
+    measure, apply = make_measure(par, summed, schedule, options), make_apply(optimizer, options)
+    if options.compile != "none":
+        measure = compiled(measure, options.backend, options=update_options(options.backend))
+    apply = compile_update(make_apply_in_place(apply) if weights is None else apply, optimizer, options)
+    return make_update_in_parts(measure, apply, lone, weights)
 
 
 def make_update(par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedule: Schedule, options: StepOptions) -> Any:
@@ -125,13 +133,16 @@ def make_update(par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedul
 
 
 def make_measure(par: Parallel, letters: tree.Tree, schedule: Schedule, options: StepOptions) -> Any:
-    """Make what comes before an update: gradients summed over devices, what a step tells, and (step, loss scale) after it."""
+    """Make what comes before an update: gradients summed over devices, what a step tells, and (step, loss scale) after it.
 
-    def measure(state: TrainState, grads: tree.Tree, shares: Tensor, scale: Tensor, count: Tensor) -> Any:
+    ``beside`` are sums of squares of gradients that are in no need of that.
+    """
+
+    def measure(state: TrainState, grads: tree.Tree, shares: Tensor, scale: Tensor, count: Tensor, beside: Sequence[Tensor] = ()) -> Any:
         grads = reduce_gradients(par, letters, grads, state.params)
         grads = tree.map(lambda g: g / scale.to(g.dtype), grads) if options.precision.scaled else grads
         losses = psum(shares, par.mesh.shape.active(), par.mesh) / count
-        norm = global_norm(par, letters, grads)
+        norm = global_norm(par, letters, grads, beside)
         good = torch.isfinite(norm) & torch.isfinite(losses).all()
         metrics: dict[str, Tensor] = {
             "loss": losses[:, 0].sum(),
@@ -156,26 +167,62 @@ def make_apply(optimizer: Optimizer, options: StepOptions) -> Any:
     """Make the update itself: new parameters and optimizer state, from measured gradients."""
 
     def apply(params: tree.Tree, held: Any, grads: tree.Tree, found: Any) -> Any:
+        grads = tree.map(lambda g, p: g.to(p.dtype), grads, params)
         return optimizer.update(clip(grads, found["grad_norm"], options.clip), held, params, found["learning_rate"], found["good"])
 
     return apply
 
 
-def make_streamed_update(measure: Any, apply: Any, options: StepOptions, weights: offload.Weights) -> Any:
-    """Make an update of a state in host memory."""
+def make_update_in_parts(measure: Any, apply: Any, lone: list[bool], weights: offload.Weights | None) -> Any:
+    """Make an update that takes a layer's share of all at a time. Of parameters that are ``lone``, gradients come as lists of layers'."""
 
     def update(state: TrainState, grads: tree.Tree, shares: Tensor, scale: Tensor, count: Tensor) -> dict[str, Tensor]:
-        # Host tensors tell `measure` their shapes and types alone.
-        shapes = tree.map(lambda p: p.new_empty((), device=shares.device).expand(p.shape), state.params)
+        params, structure = tree.flatten(state.params)
+        given = tree.leaves_like(state.params, grads)
+        apart = [g for each, alone in zip(given, lone, strict=True) if alone for g in each]
+        # Tensors on the host tell `measure` their shapes and types alone.
+        shapes = [p.new_empty((), device=shares.device).expand(p.shape) for p, alone in zip(params, lone, strict=True) if not alone]
         small = {name: x for name, x in state.opt_state.items() if name != "optimizer"}
-        grads, metrics, (step, scaling) = measure(TrainState(state.step, shapes, small), grads, shares, scale, count)
+        others = [g for g, alone in zip(given, lone, strict=True) if not alone]
+        others, metrics, (step, scaling) = measure(
+            TrainState(state.step, shapes, small), others, shares, scale, count, [squares_of_many(apart)] if apart else []
+        )
+        left = iter(others)
+        grads = tree.unflatten(structure, [g if alone else next(left) for g, alone in zip(given, lone, strict=True)])
         needed = {name: metrics[name] for name in ("grad_norm", "learning_rate", "good")}
-        offload.stream(apply, state, grads, weights, needed)
-        weights.settled(state.params)
+        if weights is None:
+            apply_by_layer(apply, state, grads, needed)
+        else:
+            offload.stream(apply, state, grads, weights, needed)
+            weights.settled(state.params)
         write((state.step, {name: state.opt_state[name] for name in scaling}), (step, scaling))
         return metrics
 
     return update
+
+
+def make_apply_in_place(apply: Any) -> Any:
+    """Let the update of a part write into what it is given, but for scalars, which all parts share: it gives those."""
+
+    def apply_in_place(params: tree.Tree, held: Any, grads: tree.Tree, found: Any) -> list[Tensor]:
+        old, new = tree.leaves((params, held)), tree.leaves(apply(params, held, grads, found))
+        write([x for x in old if x.dim()], [x for x in new if x.dim()])
+        return [x for x in new if not x.dim()]
+
+    return apply_in_place
+
+
+def apply_by_layer(apply_in_place: Any, state: TrainState, grads: tree.Tree, scalars: Any) -> None:
+    """Update a state, a layer of every stacked array and a share of every other at a time."""
+    held, structure = tree.flatten((state.params, state.opt_state["optimizer"]))
+    layered, parts = stacked((state.params, state.opt_state["optimizer"])), Parts(count_layers(state.params))
+    given, of_params = tree.leaves_like(state.params, grads), tree.flatten(state.params)[1]
+    after: list[Tensor] = []
+    for c in range(parts.count):
+        now = [parts.take(x, by_layer, c) if x.dim() else x for x, by_layer in zip(held, layered, strict=True)]
+        part = [parts.take(g, by_layer, c) for g, by_layer in zip(given, layered, strict=False)]  # parameters come first
+        after = apply_in_place(*tree.unflatten(structure, now), tree.unflatten(of_params, part), scalars)
+    write([x for x in held if not x.dim()], after)
 
 
 def compile_update(update: Any, optimizer: Optimizer, options: StepOptions) -> Any:

@@ -151,7 +151,7 @@ def weights_at_the_end(table: str, world: int, chosen: bool) -> int:
     found: list[int] = []
 
     def count(graph: Any, inputs: Any) -> Any:
-        options = inductor_options("inductor", world, "cuda", True) if chosen else {}
+        options = inductor_options("inductor", "cuda", True) if chosen else {}
         with V.set_fake_mode(detect_fake_mode(inputs)), inductor_config.patch(options):
             post_grad_passes(graph, is_inference=True)
         names = [_name(node) for node in graph.graph.nodes]
