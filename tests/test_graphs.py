@@ -134,7 +134,7 @@ def test_inductor_looks_for_fusions_near_by_alone(monkeypatch: pytest.MonkeyPatc
         calls: list[int] = []
         usual = Scheduler.can_fuse
         monkeypatch.setattr(Scheduler, "can_fuse", lambda *args: calls.append(0) or usual(*args))
-        options = inductor_config.patch(inductor_options("inductor", 1, "cpu", True))
+        options = inductor_config.patch(inductor_options("inductor", "cpu", True))
         with V.set_graph_handler(graph), V.set_debug_handler(DebugContext()), options:
             graph.run(*given)
             Scheduler(graph.operations)

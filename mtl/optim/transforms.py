@@ -9,6 +9,8 @@ from torch import Tensor
 from mtl import tree
 from mtl.precision import wide
 
+_foreach_norm: Any = torch._foreach_norm  # pyright: ignore
+
 
 class Transform(NamedTuple):
     """``init(params)`` makes the state; ``update(updates, state, params)`` gives (updates, state)."""
@@ -112,5 +114,5 @@ def sum_of_squares(grads: list[Tensor], copies: list[int]) -> Tensor:
 
 def squares_of_many(grads: list[Tensor]) -> Tensor:
     """Sum the squares of many tensors of one type, without a kernel for each."""
-    norms = torch._foreach_norm(grads, 2.0, wide(grads[0].dtype))
+    norms: list[Tensor] = _foreach_norm(grads, 2.0, wide(grads[0].dtype))
     return torch.stack(norms).square().sum()

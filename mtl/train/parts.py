@@ -33,7 +33,10 @@ class Parts:
         if stacked and self.layers:
             layer, c = divmod(c, self.each)
             x, shares = x[layer], self.each
-        return x if shares == 1 else x.view(-1).narrow(0, *bounds(x.numel(), c, shares))
+        if shares == 1:
+            return x
+        x = x if self.each == 1 else x.view(-1)  # rows are enough then, and need no memory without gaps
+        return x.narrow(0, *bounds(len(x), c, shares))
 
 
 def bounds(size: int, c: int, count: int) -> tuple[int, int]:

@@ -66,8 +66,7 @@ def make_step(
 
     Where loss or gradient norm are not finite the state stays, and the metrics say so. Steps of several lengths share ``weights``.
     """
-    blocks = options.backend if options.compile == "block" else None
-    loss = make_loss(model, config, par, options.precision, options.again(), blocks)
+    loss = make_loss(model, config, par, options.precision, options.again(), options.backend if options.compile == "block" else None)
     settings = inductor_options(options.backend, par.mesh.device_type, options.overlap)
     specs = model.specs(config)
     weights = weights or offload.weights(specs, options.precision, par, options.offload)
