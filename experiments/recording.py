@@ -111,7 +111,7 @@ def record(job: Job, device: int = 0) -> Records:
             rest["optimizer"] -= nbytes(moments)
             away = zip(tree.leaves(decoder.specs(job.config)), tree.leaves(state.params), strict=True)
             host = nbytes(moments) + sum(nbytes(p) for spec, p in away if offload.leaves_device(spec, precision))
-            streamed = 4 * (whole + nbytes(moments)) // offload.parts(state.params).count  # two parts come, two leave
+            streamed = 4 * (whole + nbytes(moments)) // offload.parts(state.params, False).count  # two parts come, two leave
         summed = nbytes(tree.map(lambda g: make(g.shape, torch.promote_types(g.dtype, par.reduce)), grads))
     if job.engine:
         rest["transfer slots"] = copy_engine.room(slots(few, more))

@@ -23,7 +23,7 @@ from mtl.train.parts import Parts, count_layers, stacked
 from mtl.train.state import TrainState, start_state
 
 CHUNK = 2**25
-"""Parameters of a part at most: 128 MiB of each kind of float32 array. Two parts of them come, two leave."""
+"""Parameters of a part: 128 MiB of each kind of float32 array. Two parts of them come, two leave."""
 KINDS = ("none", "activations", "optimizer", "both")
 
 
@@ -110,21 +110,24 @@ class Weights:
         self.written = _marks(masters)
 
 
-def stream(apply: Any, state: TrainState, grads: tree.Tree, weights: Weights, scalars: Any) -> None:
-    """Update parameters and optimizer state in place, part by part: ``apply(params, opt_state, grads, scalars)`` gives new ones."""
+def stream(apply: Any, state: TrainState, grads: tree.Tree, weights: Weights, scalars: Any, by_layer: bool) -> None:
+    """Update parameters and optimizer state in place, part by part: ``apply(params, opt_state, grads, scalars)`` gives new ones.
+
+    ``by_layer``: gradients come so, at least some of them.
+    """
     device, opt_state = weights.device, state.opt_state["optimizer"]
     held, structure = tree.flatten((state.params, opt_state))
-    layered = stacked((state.params, opt_state))
+    taken = parts(state.params, by_layer)
+    layered = stacked((state.params, opt_state), taken.layers)
     masters = [leaves_device(spec, weights.precision) for spec in tree.leaves(weights.specs)]
     away = [*masters, *(bool(x.dim()) for x in tree.leaves(opt_state))]
-    taken = parts(state.params)
     grad_leaves = tree.leaves_like(state.params, tree.map(torch.Tensor.contiguous, grads))
     in_use_leaves = tree.leaves(weights.held)
     after: list[list[Any]] = []
     scalars_after: list[Tensor] = []
 
     def fetched(c: int) -> list[tuple[Tensor, Any]]:
-        now = [taken.take(x, by_layer, c) if x.dim() else x for x, by_layer in zip(held, layered, strict=True)]
+        now = [taken.take(x, whole, c) if x.dim() else x for x, whole in zip(held, layered, strict=True)]
         return [host_copy.bring(x, device) if leaves else (x, None) for x, leaves in zip(now, away, strict=True)]
 
     ahead = fetched(0)
@@ -136,13 +139,13 @@ def stream(apply: Any, state: TrainState, grads: tree.Tree, weights: Weights, sc
             if event is not None:
                 torch.cuda.current_stream(device).wait_event(event)
         params, opt_state = tree.unflatten(structure, [x for x, _ in now])
-        part = [taken.take(g, by_layer, c) for g, by_layer in zip(grad_leaves, layered, strict=False)]  # parameters come first
+        part = [taken.take(g, whole, c) for g, whole in zip(grad_leaves, layered, strict=False)]  # parameters come first
         new = tree.leaves(apply(params, opt_state, tree.unflatten(tree.flatten(params)[1], part), scalars))
-        for w, x, leaves, by_layer in zip(in_use_leaves, new, masters, layered, strict=False):
+        for w, x, leaves, whole in zip(in_use_leaves, new, masters, layered, strict=False):
             if leaves:
-                taken.take(w, by_layer, c).copy_(x)
+                taken.take(w, whole, c).copy_(x)
         columns = zip(new, held, away, layered, strict=True)
-        after.append([_stored(x, taken.take(target, by_layer, c), leaves) for x, target, leaves, by_layer in columns if target.dim()])
+        after.append([_stored(x, taken.take(target, whole, c), leaves) for x, target, leaves, whole in columns if target.dim()])
         scalars_after = [x for x, target in zip(new, held, strict=True) if not target.dim()]
     for target, x in zip([x for x in held if not x.dim()], scalars_after, strict=True):
         target.copy_(x)
@@ -150,9 +153,9 @@ def stream(apply: Any, state: TrainState, grads: tree.Tree, weights: Weights, sc
         torch.cuda.current_stream(device).wait_stream(host_copy.lanes(device).out)
 
 
-def parts(params: tree.Tree) -> Parts:
-    """Say in which parts an update takes its state, each of at most `CHUNK` parameters."""
-    layers = count_layers(params)
+def parts(params: tree.Tree, by_layer: bool) -> Parts:
+    """Say in which parts an update takes its state, of `CHUNK` parameters or less; what has few rows may make the last one larger."""
+    layers = count_layers(params) if by_layer else 0
     return Parts(layers, max(1, -(-sum(x.numel() for x in tree.leaves(params)) // (CHUNK * max(1, layers)))))
 
 

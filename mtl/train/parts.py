@@ -33,24 +33,25 @@ class Parts:
         if stacked and self.layers:
             layer, c = divmod(c, self.each)
             x, shares = x[layer], self.each
+            x = x if x.dim() else x.view(1)
         if shares == 1:
             return x
-        x = x if self.each == 1 else x.view(-1)  # rows are enough then, and need no memory without gaps
-        return x.narrow(0, *bounds(len(x), c, shares))
+        x = x if self.each == 1 else x.view(-1)  # else rows are enough, and may have gaps between them
+        return x.narrow(0, *bounds(len(x), c, shares, 1 if x[:1].numel() % ALIGNED == 0 else ALIGNED))
 
 
-def bounds(size: int, c: int, count: int) -> tuple[int, int]:
-    """Give (start, length) of share c of an array: all are equal but the last, which takes the rest, so two shapes are compiled.
+def bounds(size: int, c: int, count: int, unit: int = ALIGNED) -> tuple[int, int]:
+    """Give (start, length) of share c of an array: all are equal but the last, which takes the rest, so few shapes are compiled.
 
     Shares start where the vectors of a kernel over the whole array would, so that each number is computed alike.
     """
-    each = size // count // ALIGNED * ALIGNED
+    each = size // count // unit * unit
     return c * each, size - c * each if c == count - 1 else each
 
 
-def stacked(values: tree.Tree) -> list[bool]:
+def stacked(values: tree.Tree, layers: int) -> list[bool]:
     """Tell of each leaf whether it is an array of all layers: parameters, or what an optimizer holds beside each."""
-    return ["layers" in path.split(".") for path, _ in tree.paths(values)]
+    return ["layers" in path.split(".") and x.dim() > 0 and len(x) == layers for path, x in tree.paths(values)]
 
 
 def count_layers(params: tree.Tree) -> int:

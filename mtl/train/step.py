@@ -115,7 +115,7 @@ def make_whole_update(
     if options.compile != "none":
         measure = compiled(measure, options.backend, options=update_options(options.backend))
     apply = compile_update(make_apply_in_place(apply) if weights is None else apply, optimizer, options)
-    return make_update_in_parts(measure, apply, lone, weights)
+    return make_update_in_parts(letters, measure, apply, lone, weights)
 
 
 def make_update(par: Parallel, letters: tree.Tree, optimizer: Optimizer, schedule: Schedule, options: StepOptions) -> Any:
@@ -172,12 +172,11 @@ def make_apply(optimizer: Optimizer, options: StepOptions) -> Any:
     return apply
 
 
-def make_update_in_parts(measure: Any, apply: Any, lone: list[bool], weights: offload.Weights | None) -> Any:
+def make_update_in_parts(letters: tree.Tree, measure: Any, apply: Any, lone: list[bool], weights: offload.Weights | None) -> Any:
     """Make an update that takes a layer's share of all at a time. Of parameters that are ``lone``, gradients come as lists of layers'."""
 
     def update(state: TrainState, grads: tree.Tree, shares: Tensor, scale: Tensor, count: Tensor) -> dict[str, Tensor]:
-        params, structure = tree.flatten(state.params)
-        given = tree.leaves_like(state.params, grads)
+        params, given = tree.leaves_like(letters, state.params), tree.leaves_like(letters, grads)
         apart = [g for each, alone in zip(given, lone, strict=True) if alone for g in each]
         # Tensors on the host tell `measure` their shapes and types alone.
         shapes = [p.new_empty((), device=shares.device).expand(p.shape) for p, alone in zip(params, lone, strict=True) if not alone]
@@ -187,12 +186,12 @@ def make_update_in_parts(measure: Any, apply: Any, lone: list[bool], weights: of
             TrainState(state.step, shapes, small), others, shares, scale, count, [squares_of_many(apart)] if apart else []
         )
         left = iter(others)
-        grads = tree.unflatten(structure, [g if alone else next(left) for g, alone in zip(given, lone, strict=True)])
+        grads = tree.unflatten(tree.flatten(letters)[1], [g if alone else next(left) for g, alone in zip(given, lone, strict=True)])
         needed = {name: metrics[name] for name in ("grad_norm", "learning_rate", "good")}
         if weights is None:
             apply_by_layer(apply, state, grads, needed)
         else:
-            offload.stream(apply, state, grads, weights, needed)
+            offload.stream(apply, state, grads, weights, needed, any(lone))
             weights.settled(state.params)
         write((state.step, {name: state.opt_state[name] for name in scaling}), (step, scaling))
         return metrics
@@ -214,7 +213,8 @@ def make_apply_in_place(apply: Any) -> Any:
 def apply_by_layer(apply_in_place: Any, state: TrainState, grads: tree.Tree, scalars: Any) -> None:
     """Update a state, a layer of every stacked array and a share of every other at a time."""
     held, structure = tree.flatten((state.params, state.opt_state["optimizer"]))
-    layered, parts = stacked((state.params, state.opt_state["optimizer"])), Parts(count_layers(state.params))
+    parts = Parts(count_layers(state.params))
+    layered = stacked((state.params, state.opt_state["optimizer"]), parts.layers)
     given, of_params = tree.leaves_like(state.params, grads), tree.flatten(state.params)[1]
     after: list[Tensor] = []
     for c in range(parts.count):

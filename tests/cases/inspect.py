@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2_dense
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharding_rules
@@ -59,7 +61,12 @@ class Tally(TorchDispatchMode):
         self.bytes: collections.Counter[str] = collections.Counter()
         self.flops = 0
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):  # a graph's way to call an operation that writes
+            with self:
+                return auto_functionalized_v2_dense(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         packet = func.overloadpacket
         if packet in (torch.ops.aten.mm, torch.ops.aten.bmm):
