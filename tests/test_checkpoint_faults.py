@@ -337,6 +337,13 @@ def test_a_write_error_leaves_nothing(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "c", {"w": values((700, 900))})
 
 
+def test_the_system_s_own_word_is_found_in_what_tensorstore_tells() -> None:
+    """With and without the specification that it adds where an array could not be made."""
+    text = 'Error opening "zarr3" driver: Error writing local file "/d/a/zarr.json": Failed writing: "/d/a/zarr.json.__lock": No space left'
+    for more in (" [os_error_code='28']", """ [tensorstore_spec='{"shape":[],"path":"/d/a/"}'] [os_error_code='28']"""):
+        assert arrays.reason(ValueError(f"RESOURCE_EXHAUSTED: {text}{more}")) == "writing /d/a/zarr.json failed: No space left"
+
+
 @pytest.mark.parametrize("memory", [("tmpfs",), ()])
 def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: tuple[str, ...]) -> None:
     monkeypatch.setattr(files, "MEMORY", memory)
@@ -346,7 +353,9 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytes
         pytest.skip("mounting a file system is not allowed here")
     try:
         checkpoint.save(disk / "1", STATE)
-        with pytest.raises(checkpoint.CheckpointError, match=r"^writing .*/2.*/c/.* failed: No space left on device\. Nothing of this"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match=r"^writing .*/2.*/(c/.*|zarr\.json) failed: No space left on device\. Nothing of this"
+        ):
             checkpoint.save(disk / "2", STATE)
         assert Store(disk).steps() == [1] and [p.name for p in disk.iterdir()] == ["1"]
         assert not find_damage(disk / "1").problems

@@ -115,7 +115,7 @@ def open_old(folder: Path, name: str, ctx: Any, driver: str = "zarr3", ocdbt: bo
 def reason(error: Exception) -> str:
     """Say in a few words what went wrong in tensorstore, which tells all it knows: the file and the operating system's own word."""
     text = str(error).split(" [source locations", maxsplit=1)[0]
-    found = re.search(r'Error (\w+) local file "([^"]+)".*: ([^:\[\]]+) \[os_error_code', text, re.DOTALL)
+    found = re.search(r'Error (\w+) local file "([^"]+)".*: ([^:\[\]]+) \[(?:os_error_code|tensorstore_spec)', text, re.DOTALL)
     return f"{found[1]} {found[2]} failed: {found[3]}" if found else text
 
 
