@@ -346,6 +346,15 @@ def test_the_system_s_own_word_is_found_in_what_tensorstore_tells() -> None:
 
 @pytest.mark.parametrize("memory", [("tmpfs",), ()])
 def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: tuple[str, ...]) -> None:
+    saving: Any = sys.modules["mtl.checkpoint.save"]
+    usual = saving._write_pieces
+
+    def arrays_first(folder: Path, pieces: Any, created: Any, *more: Any) -> None:
+        for array in created.values():  # else the disk may be full before one of them is made, which is another file's error
+            array.result().result()
+        usual(folder, pieces, created, *more)
+
+    monkeypatch.setattr(saving, "_write_pieces", arrays_first)
     monkeypatch.setattr(files, "MEMORY", memory)
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -353,9 +362,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytes
         pytest.skip("mounting a file system is not allowed here")
     try:
         checkpoint.save(disk / "1", STATE)
-        with pytest.raises(
-            checkpoint.CheckpointError, match=r"^writing .*/2.*/(c/.*|zarr\.json) failed: No space left on device\. Nothing of this"
-        ):
+        with pytest.raises(checkpoint.CheckpointError, match=r"^writing .*/2.*/c/.* failed: No space left on device\. Nothing of this"):
             checkpoint.save(disk / "2", STATE)
         assert Store(disk).steps() == [1] and [p.name for p in disk.iterdir()] == ["1"]
         assert not find_damage(disk / "1").problems
