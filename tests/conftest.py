@@ -35,6 +35,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(params=["plain", "squeezed"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Save as where the processor sets the pace, and as where a disk does, whatever this machine is."""
+    from mtl.checkpoint import arrays, files
+
+    monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(arrays, "SQUEEZE_CORES", 0 if request.param == "squeezed" else 1 << 20)
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Eight gloo ranks, kept for the session."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mtl import checkpoint, tree
-from mtl.checkpoint import geometry
+from mtl.checkpoint import arrays, files, geometry
 from mtl.checkpoint.arrays import DTYPES
 from tests.cases.checkpoint import layouts_of, values
 from tests.ranks import Ranks
@@ -48,6 +48,41 @@ def test_every_type_and_node_comes_back(tmp_path: Path) -> None:
     assert found.read("_note") == Path(__file__).read_bytes()
     assert checkpoint.structure(found)["params"]["layers"][1]["b"].name == "params.layers.1.b"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_squeezed_values_take_less_room_and_come_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(geometry, "TILE_BYTES", 1 << 14)
+    state = {"w": (torch.randn(301, 257, dtype=torch.float64) * 3).to(DTYPES[name])}
+    sizes = {}
+    for path, needed in (("plain", 1 << 20), ("squeezed", 0)):
+        monkeypatch.setattr(arrays, "SQUEEZE_CORES", needed)
+        checkpoint.save(tmp_path / path, state)
+        assert same(checkpoint.restore(tmp_path / path, meta(state)), state)
+        sizes[path] = sum(p.stat().st_size for p in (tmp_path / path / "state/w/c").rglob("*") if p.is_file())
+    assert sizes["squeezed"] < sizes["plain"] * {"float32": 0.91, "bfloat16": 0.82}.get(name, 0.99)
+
+
+def test_values_are_squeezed_where_a_disk_sets_the_pace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(arrays, "cores", lambda: 16)
+    assert arrays.squeezes(tmp_path)
+    for variable, value in (("LOCAL_WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "3")):
+        monkeypatch.setenv(variable, value)
+        assert arrays.squeezes(tmp_path) == (value == "2"), "eight cores a process"
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    monkeypatch.setattr(files, "MEMORY", (*files.LOCAL, files._file_system(tmp_path)))
+    assert not arrays.squeezes(tmp_path), "memory is quicker than that"
+
+
+def test_all_processes_squeeze_what_the_first_one_does(ranks: Ranks, tmp_path: Path) -> None:
+    """Processes that see other machines must not write other bytes than zarr.json says."""
+    for first in (True, False):
+        path = tmp_path / str(first)
+        assert ranks.run(CASE + "squeezed", 4, path=str(path), first=first)
+        codecs = json.loads((path / "state/list.0/zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
+        assert ("blosc" in [codec["name"] for codec in codecs]) == first
 
 
 def test_a_subset_and_other_types_can_be_asked_for(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def flip(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.usefixtures("tiles")
 def test_every_flipped_bit_is_found_and_named(good: Path, tmp_path: Path) -> None:
     luck, state = random.Random(0), good / "state"
     files = sorted(p.relative_to(state) for p in state.rglob("*") if p.is_file())
@@ -91,6 +92,7 @@ def test_what_lies_beside_the_item_for_orbax_is_checked_too(good: Path, tmp_path
     verify(tmp_path / "alone")  # whoever has the item's folder alone has all arrays
 
 
+@pytest.mark.usefixtures("tiles")
 def test_a_flipped_byte_anywhere_in_a_frame_is_found(tmp_path: Path) -> None:
     state = {"w": torch.randn(600, 700)}
     checkpoint.save(tmp_path / "c", state)

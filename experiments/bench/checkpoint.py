@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import statistics
 import time
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from mtl import checkpoint, tree
 from mtl.checkpoint.background import Saver
+from mtl.checkpoint.files import in_memory
 from mtl.runtime import process
 from mtl.sharding.mesh import MeshShape, make_mesh
 
@@ -37,6 +39,9 @@ class Bench:
     repeats: int = 3
     threads: tuple[int, ...] = (1, 2, 4, 8)
     """The thread counts of torch.distributed.checkpoint that are tried; the best counts."""
+    rest: float = 6.0
+    """Seconds a disk rests after each round, once what the round wrote is removed: nobody saves in the moment after removing gigabytes,
+    when file systems look for what was just removed and disks still write."""
     restores: bool = True
     """Time restores too, where one process does both."""
     step_ms: tuple[float, ...] = (1500.0,)
@@ -93,17 +98,23 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     }
     took: dict[str, list[list[float]]] = {name: [[], []] for name in programs}
     work: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
+    room = shutil.disk_usage(folder).free > 1.2 * bench.gib * 2**30 * len(programs) and not in_memory(folder)
     for turn in range(bench.repeats):
-        for name, actions in programs.items():
-            path = folder / "c"
+        first = turn % len(programs)  # who comes first finds memory that nothing has used for a while, which takes longer
+        for name in [*list(programs)[first:], *list(programs)[:first]]:
+            actions, path = programs[name], folder / re.sub(r"\W+", "-", name)
             for i, action in enumerate(actions[: 1 + bench.restores]):
                 begun, used = time.perf_counter(), time.process_time()
                 action(path)
                 took[name][i].append(time.perf_counter() - begun)
                 work[name][i] = min(work[name][i], time.process_time() - used)
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not room:
+                clear(folder)
         times = (f"{name} {' and '.join(f'{t[-1]:.2f}' for t in took[name][: 1 + bench.restores])}" for name in programs)
         print(f"round {turn + 1} of {bench.repeats}, seconds: {', '.join(times)}", flush=True)
+        if room:
+            clear(folder)
+            time.sleep(bench.rest)
 
     def told(name: str, i: int) -> str:
         theirs = [t[i] for other, t in took.items() if other.startswith("dcp")]
@@ -115,6 +126,12 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
         )
 
     return [f"{name:34} " + "; ".join(told(name, i) for i in range(1 + bench.restores)) for name in programs]
+
+
+def clear(folder: Path) -> None:
+    """Remove what is in a folder."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def ranks(bench: Bench, folder: Path, at: process.Place) -> list[str]:

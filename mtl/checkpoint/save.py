@@ -55,9 +55,9 @@ class PlannedLeaf:
     tile: tuple[int, ...]
     mine: tuple[Box, ...]
 
-    def meta(self) -> dict[str, Any]:
+    def meta(self, squeezed: bool) -> dict[str, Any]:
         """Give its zarr.json."""
-        return arrays.metadata(self.split.shape, self.dtype, self.chunk, self.tile)
+        return arrays.metadata(self.split.shape, self.dtype, self.chunk, self.tile, squeezed)
 
     def file_at(self, offset: Sequence[int]) -> str:
         """Name the file that a box at ``offset`` goes into."""
@@ -221,17 +221,24 @@ def write_checkpoint(
     def write() -> None:
         created: dict[str, Future[Any]] = {}
         if group.rank == 0:
-            created |= {leaf.name: beside.submit(arrays.create, folder, leaf.name, leaf.meta(), ctx) for leaf in _largest_first(plan)}
+            for leaf in _largest_first(plan):
+                created[leaf.name] = beside.submit(arrays.create, folder, leaf.name, leaf.meta(squeezed), ctx)
             listed.append(beside.submit(_listed, folder, plan, small, created))
+
+        def array(leaf: PlannedLeaf) -> Any:
+            here = created.get(leaf.name)
+            return _written(here.result() if here else arrays.open_new(folder, leaf.name, leaf.meta(squeezed), ctx))
+
         try:
             for pieces in waves:
-                _write_pieces(folder, pieces, created, ctx, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT))
+                _write_pieces(folder, pieces, array, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT))
         finally:
-            for array in created.values():
-                _written(array.result())
+            for made in created.values():
+                _written(made.result())
 
     try:
         group.together(f"begin {path}", lambda: unlock.append(_begin(path)) if group.rank == 0 else None)
+        squeezed = group.agree(f"squeeze {path}", None, arrays.squeezes(folder))[0]
         with ThreadPoolExecutor(1, thread_name_prefix="arrays") as beside:  # makes the arrays, then what lists them
             group.together(f"write {path}", write)
         group.together(f"commit {path}", lambda: _commit(path, plan, *listed[0].result(), begun) if group.rank == 0 else None)
@@ -267,8 +274,8 @@ def _begin(path: Path) -> Callable[[], None]:
     return unlock
 
 
-def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, Future[Any]], ctx: Any, in_flight: int) -> None:
-    """Write some pieces, all on the disk on return. Arrays that are not ``created`` here are opened.
+def _write_pieces(folder: Path, pieces: Iterable[Piece], array: Callable[[PlannedLeaf], Any], in_flight: int) -> None:
+    """Write some pieces into what ``array`` gives for a leaf, all on the disk on return.
 
     Threads beside write each file out as soon as it is there: a disk is fastest with much to do, and what is computed for a file
     (checksums, tiles) does not wait for another file. All are flushed together at the end. In memory there is nothing to flush.
@@ -288,8 +295,7 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], created: Mapping[str, F
                         f"expected {leaf.dtype} {shape}."
                     )
                 if leaf.name not in opened:
-                    array = created[leaf.name].result() if leaf.name in created else arrays.open_new(folder, leaf.name, leaf.meta(), ctx)
-                    opened = {leaf.name: _written(array)}
+                    opened = {leaf.name: array(leaf)}
                 x = arrays.as_numpy(values.cpu())
                 while flying and bytes_flying + x.nbytes > in_flight:
                     done, size = flying.popleft()

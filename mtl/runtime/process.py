@@ -42,13 +42,18 @@ def copy_engines(at: Place) -> bool:
     """Tell whether all processes have GPUs of this host that reach each other's memory, so that copy engines can serve them."""
     if at.device.type != "cuda" or torch.version.hip is not None or not 1 < at.world <= torch.cuda.device_count():
         return False
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == at.world
+    here = processes_here() == at.world
     return here and all(torch.cuda.can_device_access_peer(at.local_rank, other) for other in range(at.world) if other != at.local_rank)
 
 
 def place_rank() -> int:
     """Give this process's rank."""
     return int(os.environ.get("RANK", "0"))
+
+
+def processes_here() -> int:
+    """Count the processes that torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def leave_together(code: int) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import sharding_rules
 from mtl import checkpoint, tree
+from mtl.checkpoint import arrays, geometry
 from mtl.models import decoder
 from mtl.optim.optimizers import adamw
 from mtl.params import decayed
@@ -124,6 +125,18 @@ def odd_tree(rows: int, columns: int) -> Any:
 def save_odd(rows: int, columns: int, path: str) -> None:
     """Save it."""
     checkpoint.save(path, odd_tree(rows, columns))
+
+
+def squeezed(path: str, first: bool) -> bool:
+    """Save and restore the odd tree where the first process squeezes values, or all others would; large arrays have tiles."""
+    told, tile = arrays.squeezes, geometry.TILE_BYTES
+    arrays.squeezes, geometry.TILE_BYTES = (lambda _: (dist.get_rank() == 0) == first), 1 << 14
+    try:
+        checkpoint.save(path, odd_tree(2, 2))
+    finally:
+        arrays.squeezes, geometry.TILE_BYTES = told, tile
+    want = odd_tree(4, 1)
+    return equal(checkpoint.restore(path, as_meta(want)), want)
 
 
 def restore_odd(rows: int, columns: int, path: str) -> bool:
