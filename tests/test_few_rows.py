@@ -1,8 +1,5 @@
 """Few rows times a weight: the kernel against exact products, and decoding that uses it against the full forward."""
 
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from torch import Tensor
 
 from mtl.kernels import few_rows
 from tests.cases.generate import NEW
+from tests.interpreter import interpret
 from tests.ranks import Ranks
 
 CASES = [
@@ -45,12 +43,8 @@ def test_the_kernel_is_what_it_means(case: tuple[int, int, int, bool, bool, bool
     check(case, dtype, "cuda")
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton, whose interpreter runs the kernel")
 def test_the_kernel_is_what_it_means_without_a_gpu() -> None:
-    root, command = Path(__file__).parent.parent, [sys.executable, "-m", "tests.cases.interpreted"]
-    done = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["checked", str(len(CASES))]
+    interpret("few_rows_kernel", "check()")
 
 
 @pytest.mark.parametrize(
