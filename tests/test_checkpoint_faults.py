@@ -351,10 +351,11 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path: Path, monkeypatch: pytes
     saving: Any = sys.modules["mtl.checkpoint.save"]
     usual = saving._write_pieces
 
-    def arrays_first(folder: Path, pieces: Any, created: Any, *more: Any) -> None:
-        for array in created.values():  # else the disk may be full before one of them is made, which is another file's error
-            array.result().result()
-        usual(folder, pieces, created, *more)
+    def arrays_first(folder: Path, pieces: Any, array: Any, *more: Any) -> None:
+        pieces = list(pieces)
+        for leaf, *_ in pieces:  # else the disk may be full before one of the arrays is made, which is another file's error
+            array(leaf)
+        usual(folder, pieces, array, *more)
 
     monkeypatch.setattr(saving, "_write_pieces", arrays_first)
     monkeypatch.setattr(files, "MEMORY", memory)
