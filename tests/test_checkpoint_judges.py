@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mtl import checkpoint, tree
+from mtl.checkpoint import geometry
 from mtl.checkpoint.arrays import as_numpy
 from mtl.cli import ckpt
 from tests import judges
@@ -99,12 +100,13 @@ def test_zarr_reads_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("tiles")
-def test_the_readers_of_the_page_read(tmp_path: Path) -> None:
+def test_the_readers_of_the_page_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/checkpoint_format.md: its plain reader and its JAX reader print the same, which is what was saved; ours runs too."""
     page = (Path(__file__).parent.parent / "docs/checkpoint_format.md").read_text()
     plain, jax, ours = (block.partition("```")[0] for block in page.split("```python\n")[1:])
     state = {"params": {"embedding": values((256, 256)), "w": [values((3, 4), torch.bfloat16)]}, "step": torch.tensor(50)}
     place = tmp_path / "runs/kept/checkpoints/50"
+    monkeypatch.setattr(geometry, "TILE_BYTES", 1 << 14)
     checkpoint.save(place, state, host={"step": 50})
     lines = {
         "params.embedding float32 (256, 256) 2147450880.0",

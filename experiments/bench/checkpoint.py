@@ -40,8 +40,8 @@ class Bench:
     threads: tuple[int, ...] = (1, 2, 4, 8)
     """The thread counts of torch.distributed.checkpoint that are tried; the best counts."""
     rest: float = 6.0
-    """Seconds a disk rests after each round, once what the round wrote is removed: nobody saves in the moment after removing gigabytes,
-    when file systems look for what was just removed and disks still write."""
+    """Seconds a disk rests once what a round wrote (where it is small: what a program wrote) is removed: nobody saves in the moment after
+    removing gigabytes, when file systems look for what was just removed and disks still write."""
     restores: bool = True
     """Time restores too, where one process does both."""
     step_ms: tuple[float, ...] = (1500.0,)
@@ -98,7 +98,8 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     }
     took: dict[str, list[list[float]]] = {name: [[], []] for name in programs}
     work: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
-    room = shutil.disk_usage(folder).free > 1.2 * bench.gib * 2**30 * len(programs) and not in_memory(folder)
+    memory = in_memory(folder)
+    room = shutil.disk_usage(folder).free > 1.2 * bench.gib * 2**30 * len(programs) and not memory
     for turn in range(bench.repeats):
         first = turn % len(programs)  # who comes first finds memory that nothing has used for a while, which takes longer
         for name in [*list(programs)[first:], *list(programs)[:first]]:
@@ -110,6 +111,7 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
                 work[name][i] = min(work[name][i], time.process_time() - used)
             if not room:
                 clear(folder)
+                time.sleep(0 if memory else bench.rest)
         times = (f"{name} {' and '.join(f'{t[-1]:.2f}' for t in took[name][: 1 + bench.restores])}" for name in programs)
         print(f"round {turn + 1} of {bench.repeats}, seconds: {', '.join(times)}", flush=True)
         if room:
@@ -226,22 +228,24 @@ def blocked(
     """Save beside steps; say by how much the first was late, how much slower the others were, and whether the values are those before."""
     values = {name: float(leaf.to_local()[0, 0]) for name, leaf in state.items()}
     together(lambda: None)
+    ended: list[float] = []
     begun = time.perf_counter()
-    saver.save(path, state)
+    saver.save(path, state, after=lambda: ended.append(time.perf_counter()))
     call = time.perf_counter() - begun
     busy = [step()]
     while saver.busy():
         busy.append(step())
-    whole = time.perf_counter() - begun
+    lost = 1 - len(busy) * usual / (time.perf_counter() - begun)
     saver.wait()
+    whole = ended[0] - begun
     slower = statistics.mean(t for t, _ in busy[1:]) / usual - 1 if len(busy) > 1 else math.nan
     right = "right" if saved_right(path, state, values) else "WRONG"
-    numbers = [usual, call + busy[0][0] - usual, call, busy[0][1], slower, (whole - len(busy) * usual) / whole, whole]
+    numbers = [usual, call + busy[0][0] - usual, call, busy[0][1], slower, lost, whole]
     usual, late, call, fence, slower, lost, whole = worst(numbers, device)
     return (
         f"steps of {1e3 * usual:.0f} ms: the loop is blocked for {late:.3f} s (call {call:.3f}, at the fence {fence:.3f}); "
         f"{len(busy) - 1} steps while writing are slower by {100 * slower:.2f} %; both are {100 * lost:.2f} % of the "
-        f"{whole:.1f} s to the disk; what was saved is {right}"
+        f"time; all is on the disk after {whole:.1f} s; what was saved is {right}"
     )
 
 

@@ -29,9 +29,9 @@ SUMMED = {"name": "zstd", "configuration": {"level": -131072, "checksum": True}}
 content. tensorstore as it is packaged computes crc32c by table look-ups: half as much work again to write, twice as much to read."""
 
 SQUEEZED: dict[str, Any] = {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}}
-"""What comes before that where tiles are squeezed: bits of one rank side by side, then lz4. It leaves about 0.9 of float32 values."""
+"""What comes before that where tiles are squeezed: bits of one place side by side, then lz4. It leaves about 0.9 of float32 values."""
 SQUEEZE_CORES = 8
-"""Cores a process has where squeezing is quicker than a disk."""
+"""Squeezing is quicker than a disk where a process has so many cores."""
 
 
 @functools.cache

@@ -169,8 +169,9 @@ def stamp(data: bytes) -> dict[str, Any]:
 
 
 def seal(manifest: Mapping[str, Any]) -> bytes:
-    """Spell a manifest with its own checksum."""
-    return dump({**manifest, "checksum": hashlib.sha256(dump(manifest)).hexdigest()})
+    """Spell a manifest with its own checksum: one more line, where sorted keys have it, before that of the files."""
+    text, files = dump(manifest), b'\n "files": '
+    return text.replace(files, f'\n "checksum": "{hashlib.sha256(text).hexdigest()}",'.encode() + files, 1)
 
 
 def unseal(path: Path) -> dict[str, Any]:
@@ -200,6 +201,15 @@ def check_file(folder: Path, name: str, want: Mapping[str, Any]) -> bytes:
     if stamp(data) != dict(want):
         raise Damaged(f"{folder / name} is damaged: its checksum does not match. Restore another checkpoint.")
     return data
+
+
+def is_there(path: str) -> bool:
+    """Tell whether a file is there; what else is wrong with it is raised. Saves ask this of hundreds, for which pathlib is slow."""
+    try:
+        os.stat(path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def is_local(path: Path) -> bool:

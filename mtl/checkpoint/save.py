@@ -216,8 +216,12 @@ def write_checkpoint(
     begun, ctx = time.time(), arrays.context(threads)
     folder = files.unfinished(path).resolve() / ITEM
     unlock: list[Callable[[], None]] = []
+    decided: list[bool] = []
     listed: list[Future[tuple[dict[str, bytes], dict[str, Any]]]] = []
-    sealed: list[Future[dict[str, bytes]]] = []
+
+    def begin() -> None:
+        unlock.append(_begin(path))
+        decided.append(arrays.squeezes(folder))
 
     def write() -> None:
         created: dict[str, Future[Any]] = {}
@@ -230,24 +234,19 @@ def write_checkpoint(
             here = created.get(leaf.name)
             return _written(here.result() if here else arrays.open_new(folder, leaf.name, leaf.meta(squeezed), ctx))
 
-        def handed(pieces: Iterable[Piece]) -> Iterable[Piece]:
-            yield from pieces
-            if group.rank == 0:  # while the last of them are written
-                sealed.append(beside.submit(_sealed, listed[0], begun))
-
         try:
             for pieces in waves:
-                _write_pieces(folder, handed(pieces), array, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT))
+                _write_pieces(folder, pieces, array, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT))
         finally:
             for made in created.values():
                 _written(made.result())
 
     try:
-        group.together(f"begin {path}", lambda: unlock.append(_begin(path)) if group.rank == 0 else None)
-        squeezed = group.agree(f"squeeze {path}", None, arrays.squeezes(folder))[0]
+        group.together(f"begin {path}", begin if group.rank == 0 else lambda: None)
+        squeezed = group.agree(f"squeeze {path}", None, decided)[0] == [True]
         with ThreadPoolExecutor(1, thread_name_prefix="arrays") as beside:  # makes the arrays, then what lists them
             group.together(f"write {path}", write)
-        group.together(f"commit {path}", lambda: _commit(path, plan, sealed[-1].result()) if group.rank == 0 else None)
+        group.together(f"commit {path}", lambda: _commit(path, plan, *listed[0].result(), begun) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
             shutil.rmtree(files.unfinished(path), ignore_errors=True)
@@ -357,24 +356,19 @@ def _listed(
     return found, manifest
 
 
-def _sealed(listed: "Future[tuple[dict[str, bytes], dict[str, Any]]]", begun: float) -> dict[str, bytes]:
-    """Give all files beside the arrays, the sealed list of contents among them."""
-    found, manifest = listed.result()
+def _commit(path: Path, plan: Plan, beside: dict[str, bytes], manifest: dict[str, Any], begun: float) -> None:
+    partial = files.unfinished(path)
+    folder = partial / ITEM
+    for leaf in plan.leaves:
+        lost = next((f for f in _file_names(leaf) if not files.is_there(f"{folder}/{f}")), None)
+        if lost is not None:
+            raise UserError(f"{folder / lost} was written but is not there: another program removed it. Nothing was committed.")
     around = {
         f"{files.AROUND}_CHECKPOINT_METADATA": orbax.step_metadata(begun),
         f"{files.AROUND}commit_success.txt": b"Checkpoint commit was successful.\n",
     }
-    stamps = manifest["files"] | {name: files.stamp(data) for name, data in around.items()}
-    return found | around | {MANIFEST: files.seal(manifest | {"files": stamps})}
-
-
-def _commit(path: Path, plan: Plan, small: Mapping[str, bytes]) -> None:
-    partial = files.unfinished(path)
-    folder = partial / ITEM
-    for leaf in plan.leaves:
-        lost = next((f for f in _file_names(leaf) if not os.path.isfile(f"{folder}/{f}")), None)  # noqa: PTH113 (a third of the time)
-        if lost is not None:
-            raise UserError(f"{folder / lost} was written but is not there: another program removed it. Nothing was committed.")
+    listed = manifest["files"] | {name: files.stamp(data) for name, data in around.items()}
+    small = beside | around | {MANIFEST: files.seal(manifest | {"files": listed})}
     written = [files.write_file((folder / name).resolve(), data) for name, data in small.items()]
     if not files.in_memory(folder):
         files.flush_all(files.with_folders(written, partial.resolve()))

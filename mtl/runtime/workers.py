@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, TypeVar
 
 from mtl.errors import UserError
@@ -19,9 +20,14 @@ Result = TypeVar("Result")
 _task: Any = None
 
 
-def cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(share: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Count the cores this process may use: those it is bound to, and no more than its container's share of their time."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = map(int, share.read_text().split())
+    except (OSError, ValueError):  # no such file, or "max": all
+        return bound
+    return max(1, min(bound, quota // max(1, period)))
 
 
 def one_thread_a_process() -> None:
