@@ -308,6 +308,13 @@ def test_the_system_says_which_files_it_cannot_write_out() -> None:
     os.close(write)
 
 
+def test_a_folder_in_a_file_s_place_is_not_that_file(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    found = [files.is_there(f"{tmp_path}/{name}") for name in ("file", "c", "none", "file/c")]
+    assert found == [True, False, False, False]
+
+
 def test_the_file_system_of_a_path_is_the_one_mounted_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = tmp_path / "a b"
     mounts = ["none / overlay rw 0 0", f"none {tmp_path}/a\\040b tmpfs rw 0 0", f"/dev/x {tmp_path}/a\\040b/c ext4 rw 0 0"]

@@ -199,7 +199,7 @@ def gpu(bench: Bench, folder: Path, at: process.Place) -> Iterator[str]:
 
 
 def stepper(parts: dict[str, torch.Tensor], saver: Saver, device: torch.device) -> Callable[[int], tuple[float, float]]:
-    """Make a step: some products, the fence, an update of the whole state in place, which turns every sign.
+    """Make a step: some products, the fence, an update of the whole state in place, which adds one to every number's bits.
 
     It gives its time, and how much of it was at the fence.
     """
@@ -215,7 +215,7 @@ def stepper(parts: dict[str, torch.Tensor], saver: Saver, device: torch.device) 
         saver.fence()
         waited = time.perf_counter() - waiting
         for leaf in parts.values():
-            leaf.neg_()
+            leaf.view(torch.int32).add_(1)
         loss.item()
         return time.perf_counter() - begun, waited
 
@@ -226,7 +226,7 @@ def blocked(
     path: Path, saver: Saver, state: dict[str, Any], step: Callable[[], tuple[float, float]], usual: float, device: torch.device
 ) -> str:
     """Save beside steps; say by how much the first was late, how much slower the others were, and whether the values are those before."""
-    values = {name: float(leaf.to_local()[0, 0]) for name, leaf in state.items()}
+    values = {name: bits(leaf)[0, 0].clone() for name, leaf in state.items()}
     together(lambda: None)
     ended: list[float] = []
     begun = time.perf_counter()
@@ -256,14 +256,18 @@ def worst(numbers: list[float], device: torch.device) -> list[float]:
     return most.tolist()
 
 
-def saved_right(path: Path, state: dict[str, Any], values: dict[str, float]) -> bool:
+def saved_right(path: Path, state: dict[str, Any], values: dict[str, torch.Tensor]) -> bool:
     """Tell whether the last leaf that was saved holds everywhere what it held when the save was asked for."""
     name = list(state)[-1]
     meta = torch.empty_like(state[name].to_local(), device="meta")
     target = DTensor.from_local(meta, state[name].device_mesh, [Shard(0)], run_check=False)
-    back = checkpoint.restore(path, {name: target}, subset=True)[name].to_local()
-    now = state[name].to_local()
-    return float(back[0, 0]) == values[name] and (back.equal(now) or back.equal(-now))
+    back, now = bits(checkpoint.restore(path, {name: target}, subset=True)[name]), bits(state[name])
+    return back.equal(now - (now[0, 0] - values[name]).to(now.device))
+
+
+def bits(x: Any) -> torch.Tensor:
+    """See this process's part of an array of float32 as whole numbers."""
+    return x.to_local().view(torch.int32)
 
 
 def make_state(gib: float) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -206,10 +207,9 @@ def check_file(folder: Path, name: str, want: Mapping[str, Any]) -> bytes:
 def is_there(path: str) -> bool:
     """Tell whether a file is there; what else is wrong with it is raised. Saves ask this of hundreds, for which pathlib is slow."""
     try:
-        os.stat(path)  # noqa: PTH116
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return True
 
 
 def is_local(path: Path) -> bool:
