@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import re
 import shutil
 import statistics
@@ -101,8 +102,8 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     memory = in_memory(folder)
     room = shutil.disk_usage(folder).free > 1.2 * bench.gib * 2**30 * len(programs) and not memory
     for turn in range(bench.repeats):
-        first = turn % len(programs)  # who comes first finds memory that nothing has used for a while, which takes longer
-        for name in [*list(programs)[first:], *list(programs)[:first]]:
+        # what came just before, or that nothing did, decides how much memory the host has at hand: every round has its own order
+        for name in random.Random(turn).sample(list(programs), len(programs)):
             actions, path = programs[name], folder / re.sub(r"\W+", "-", name)
             for i, action in enumerate(actions[: 1 + bench.restores]):
                 begun, used = time.perf_counter(), time.process_time()
