@@ -24,14 +24,21 @@ _ODD = {"bfloat16": torch.int16, "float8_e4m3fn": torch.uint8, "float8_e5m2": to
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType({name: getattr(torch, name) for name in (*_SAME, "complex128", *_ODD)})
 """Types a checkpoint can hold, by tensorstore's names."""
 
-SUMMED = {"name": "zstd", "configuration": {"level": -131072, "checksum": True}}
-"""What tiles are written with: frames of raw blocks (the lowest level looks for nothing but runs of one byte) and the xxhash64 of their
-content. tensorstore as it is packaged computes crc32c by table look-ups: half as much work again to write, twice as much to read."""
-
-SQUEEZED: dict[str, Any] = {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}}
-"""What comes before that where tiles are squeezed: bits of one place side by side, then lz4. It leaves about 0.9 of float32 values."""
+SUMMED: dict[str, Any] = {"name": "gzip", "configuration": {"level": 0}}
+"""What tiles are written with: blocks as they are and the crc32 of their content. Of what tensorstore has, as it is packaged, this takes
+least of the processor's time: it computes crc32c by table look-ups, and frames of zstd copy everything once more."""
+SQUEEZED: tuple[dict[str, Any], ...] = (
+    {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}},
+    {"name": "zstd", "configuration": {"level": -131072, "checksum": True}},
+)
+"""What they are written with where they are squeezed: bits of one place side by side, then lz4, which leaves about 0.9 of float32 values;
+then a frame of raw blocks (the lowest level looks for nothing but runs of one byte) and the xxhash64 of its content."""
 SQUEEZE_CORES = 8
 """Squeezing is quicker than a disk where a process has so many cores."""
+
+
+ARENA_MAX = -8
+"""To mallopt(3): the number of malloc's heaps."""
 
 
 @functools.cache
@@ -39,17 +46,25 @@ def keep_pages() -> None:
     """Let malloc keep the pages of what is freed: the next copies and tiles are made in them, not in fresh ones that the system zeroes.
 
     glibc raises its thresholds once it frees a block of almost 32 MiB (mallopt(3), M_MMAP_THRESHOLD); the block itself is never touched.
+    Its threads share as many heaps as there are cores: with eight times as many, as it would have, what was freed lies in one and the next
+    block comes from another, for which the system has to find pages.
     """
+    limit = files.from_libc("mallopt")
+    if limit is not None:
+        limit(ARENA_MAX, max(2, cores() // process.processes_here()))
     np.empty((32 << 20) - (64 << 10), np.uint8)
 
 
-def context(threads: int = 4) -> Any:
-    """Make a tensorstore context: ``threads`` copy and check at once, no cache. Who writes flushes the files."""
+def context(threads: int = 4, in_memory: bool = False) -> Any:
+    """Make a tensorstore context: ``threads`` copy and check at once, no cache. Who writes flushes the files.
+
+    As many read or write files, and at least 16 where that is waiting for a disk.
+    """
     keep_pages()
     return ts.Context(
         {
             "cache_pool": {"total_bytes_limit": 0},
-            "file_io_concurrency": {"limit": max(16, threads)},
+            "file_io_concurrency": {"limit": max(1 if in_memory else 16, threads)},
             "file_io_sync": False,
             "data_copy_concurrency": {"limit": max(1, threads)},
         }
@@ -94,8 +109,9 @@ def metadata(shape: Sequence[int], dtype: str, chunk: Sequence[int], tile: Seque
     if size == 1:
         plain = [{"name": "bytes"}, {"name": "crc32c"}]
     index = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    squeeze = [{**SQUEEZED, "configuration": {**SQUEEZED["configuration"], "typesize": size}}] if squeezed else []
-    inside = {"chunk_shape": list(tile), "codecs": [plain[0], *squeeze, SUMMED], "index_codecs": index}
+    blosc, frame = SQUEEZED
+    packed = [{**blosc, "configuration": {**blosc["configuration"], "typesize": size}}, frame] if squeezed else [SUMMED]
+    inside = {"chunk_shape": list(tile), "codecs": [plain[0], *packed], "index_codecs": index}
     return {
         "shape": list(shape),
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [max(1, n) for n in chunk]}},

@@ -17,7 +17,8 @@ from mtl import tree
 from mtl.checkpoint import arrays
 from mtl.checkpoint.geometry import Box
 from mtl.checkpoint.peers import CheckpointError, peers
-from mtl.checkpoint.save import Part, Piece, Plan, PlannedLeaf, make_plan, part_of, regular, small_files, write_checkpoint
+from mtl.checkpoint.plan import Plan, PlannedLeaf, make_plan, regular
+from mtl.checkpoint.save import Part, Piece, part_of, small_files, write_checkpoint
 from mtl.errors import UserError
 from mtl.kernels import host_copy
 

@@ -94,14 +94,15 @@ def write_out(path: Path) -> None:
 
 def _sync_file_range(handle: int) -> int:
     """Call Linux's sync_file_range(2), which Python does not have, on a whole file; gives the error's number, or 0."""
-    call = _from_libc("sync_file_range")
+    call = from_libc("sync_file_range")
     if call is None:
         return errno.ENOSYS
     return ctypes.get_errno() if call(handle, ctypes.c_int64(0), ctypes.c_int64(0), ctypes.c_uint(WRITE_AND_WAIT)) else 0
 
 
 @functools.cache
-def _from_libc(name: str) -> Any:
+def from_libc(name: str) -> Any:
+    """Find a function of the C library, or None where it has no such one."""
     return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
@@ -127,7 +128,7 @@ def _flushed_whole(path: Path) -> bool:
     are written out, and their errors told, file by file.
     """
     version = tuple(int(n) for n in re.findall(r"\d+", os.uname().release)[:2])
-    call = _from_libc("syncfs")
+    call = from_libc("syncfs")
     if call is None or version < SURE or _file_system(path) not in WHOLE or _unwritten() > LITTLE:
         return False
     handle = os.open(path, os.O_RDONLY)

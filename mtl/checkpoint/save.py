@@ -1,25 +1,25 @@
 """Save a tree of tensors as global arrays: every process writes what it holds, each file once, and rank 0 commits them together."""
 
-import math
 import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 from mtl import __version__, tree
 from mtl.checkpoint import arrays, files, geometry, orbax
 from mtl.checkpoint.files import ITEM, MANIFEST, VERSION
-from mtl.checkpoint.geometry import Box, Split
+from mtl.checkpoint.geometry import Box
 from mtl.checkpoint.peers import CheckpointError, Peers, peers
+from mtl.checkpoint.plan import FilesOf, Plan, PlannedLeaf, make_plan, regular
 from mtl.errors import UserError
 
 Piece = tuple["PlannedLeaf", Box, Tensor]
@@ -28,11 +28,9 @@ Piece = tuple["PlannedLeaf", Box, Tensor]
 Part = Callable[[str, Box], Tensor]
 """``part(name, (offset, shape))`` gives that box of a leaf, on any device."""
 
-FilesOf = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
-
 THREADS = min(8, os.cpu_count() or 1)
-ALONE = min(16, os.cpu_count() or 1)
-"""The threads of a process that saves alone: to memory, checksums are what takes time."""
+ALONE = min(16, 2 + (os.cpu_count() or 1) // 2)
+"""The threads of a process that saves alone. To memory as many others write what these have checked: together they keep all cores busy."""
 IN_FLIGHT = 3 * geometry.FILE_BYTES
 """Bytes a thread that are handed to tensorstore and not written yet, which is also about what it copies."""
 LEAST_IN_FLIGHT = 8 * geometry.FILE_BYTES
@@ -41,35 +39,6 @@ UNFLUSHED = 64
 """How many files a process may have written whose values are not on the disk yet."""
 STREAMED = 128 << 20
 """The same, over all threads, where values come box by box because they do not fit in memory."""
-
-
-@dataclass(frozen=True)
-class PlannedLeaf:
-    """One array: what is common to all processes, and the boxes that this one writes."""
-
-    name: str
-    keys: orbax.Keys
-    split: Split
-    dtype: str
-    chunk: tuple[int, ...]
-    tile: tuple[int, ...]
-    mine: tuple[Box, ...]
-
-    def meta(self, squeezed: bool) -> dict[str, Any]:
-        """Give its zarr.json."""
-        return arrays.metadata(self.split.shape, self.dtype, self.chunk, self.tile, squeezed)
-
-    def file_at(self, offset: Sequence[int]) -> str:
-        """Name the file that a box at ``offset`` goes into."""
-        return "/".join([self.name, "c", *(str(o // n) for o, n in zip(offset, self.chunk, strict=True))])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a save writes."""
-
-    leaves: tuple[PlannedLeaf, ...]
-    empty: tuple[tuple[orbax.Keys, Any], ...]
 
 
 def save(
@@ -97,72 +66,8 @@ def save(
     small = small_files(host, config, extra)
     state = regular(state)
     give, in_flight = (part_of(state), None) if part is None else (part, STREAMED)
-    boxes = ((leaf, box, give(leaf.name, box)) for leaf in _largest_first(plan) for box in leaf.mine)
+    boxes = ((leaf, box, give(leaf.name, box)) for leaf in plan.largest_first() for box in leaf.mine)
     write_checkpoint(path, plan, small, group, [boxes], ALONE if group.world == 1 else THREADS, in_flight)
-
-
-def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -> Plan:
-    """Decide which process writes which box of which leaf: the same plan on every process."""
-    entries = tree.keyed(state, empty=True)
-    empty = [(keys, x) for keys, x in entries if x is None or (isinstance(x, dict | list | tuple) and not x)]
-    leaves: list[tuple[str, orbax.Keys, Any]] = [
-        (".".join(str(k) for k in keys), keys, x) for keys, x in entries if x is not None and not isinstance(x, dict | list | tuple)
-    ]
-    check_names([(name, keys) for name, keys, _ in leaves])
-    splits: list[tuple[Split, tuple[int, ...], int]] = []
-    for name, _, x in leaves:
-        if not isinstance(x, Tensor):
-            raise UserError(
-                f"checkpoint leaf {name!r} is a {type(x).__name__}: expected a tensor. Numbers and text go into host= or config=."
-            )
-        arrays.dtype_name(x.dtype, f"checkpoint leaf {name!r}")
-        if x.numel() == 0:
-            raise UserError(f"checkpoint leaf {name!r} of shape {tuple(x.shape)} has no elements, which Orbax cannot hold. Leave it out.")
-        split = _outermost(geometry.split_of(name, x, group.world))
-        chosen = files_of(name, tuple(x.shape)) if files_of is not None and not isinstance(x, DTensor) else None
-        splits.append((split, chosen or geometry.file_shape(split, x.dtype.itemsize), x.dtype.itemsize))
-    shares = geometry.writers(splits, group.world)
-    planned = tuple(
-        PlannedLeaf(
-            name,
-            keys,
-            split,
-            arrays.dtype_name(x.dtype, name),
-            chunk,
-            geometry.tile_shape(chunk, size, x.shape),
-            tuple(share.get(group.rank, ())),
-        )
-        for (name, keys, x), (split, chunk, size), share in zip(leaves, splits, shares, strict=True)
-    )
-    return Plan(planned, tuple(empty))
-
-
-def check_names(names: Iterable[tuple[str, orbax.Keys]]) -> None:
-    """Refuse names that would meet in one file or hide ours: joined by dots they must differ."""
-    known: dict[str, orbax.Keys] = {}
-    for name, keys in names:
-        if name in known:
-            raise UserError(f"checkpoint leaves {known[name]} and {keys} are both called {name!r}: rename one of them.")
-        if not name or name.startswith(("_", ".")) or "/" in name or name.endswith(".") or ".." in name or len(name.encode()) > 240:
-            raise UserError(
-                f"checkpoint leaf {name!r} cannot be a folder's name: it must be 1 to 240 bytes long, have no '/', no empty part and not "
-                "begin with '_', which is kept for other files."
-            )
-        known[name] = keys
-
-
-def regular(state: tree.Tree) -> tree.Tree:
-    """Give leaves whose parts lie on no grid (one dimension cut unevenly by several mesh dimensions) the outermost cut alone."""
-
-    def mend(path: str, x: Any) -> Any:
-        if not isinstance(x, DTensor) or geometry.split_of(path, x, 1).regular():
-            return x
-        kept = _outermost(geometry.split_of(path, x, 1))
-        by_axis = {cut[0]: d for d, cut in enumerate(kept.cuts) if cut and len(cut) == 1}
-        by_axis |= {i: d for d, cut in enumerate(kept.cuts) for i in cut}
-        return x.redistribute(placements=[Shard(by_axis[i]) if i in by_axis else Replicate() for i in range(x.device_mesh.ndim)])
-
-    return tree.map_paths(mend, state)
 
 
 def part_of(state: tree.Tree) -> Part:
@@ -213,8 +118,7 @@ def write_checkpoint(
 
     The pieces of a wave are on the disk before the next wave is asked for.
     """
-    begun, ctx = time.time(), arrays.context(threads)
-    folder = files.unfinished(path).resolve() / ITEM
+    begun, folder = time.time(), files.unfinished(path).resolve() / ITEM
     unlock: list[Callable[[], None]] = []
     decided: list[bool] = []
     listed: list[Future[tuple[dict[str, bytes], dict[str, Any]]]] = []
@@ -224,27 +128,24 @@ def write_checkpoint(
         decided.append(arrays.squeezes(folder))
 
     def write() -> None:
-        created: dict[str, Future[Any]] = {}
-        if group.rank == 0:
-            for leaf in _largest_first(plan):
-                created[leaf.name] = beside.submit(arrays.create, folder, leaf.name, leaf.meta(squeezed), ctx)
-            listed.append(beside.submit(_listed, folder, plan, small, created))
+        made = _Arrays(folder, plan, squeezed, group.rank == 0, arrays.context(threads, files.in_memory(folder)))
 
-        def array(leaf: PlannedLeaf) -> Any:
-            here = created.get(leaf.name)
-            return _written(here.result() if here else arrays.open_new(folder, leaf.name, leaf.meta(squeezed), ctx))
+        def list_contents() -> None:
+            if group.rank == 0 and not listed:
+                listed.append(beside.submit(_listed, folder, plan, small, made.all()))
 
         try:
             for pieces in waves:
-                _write_pieces(folder, pieces, array, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT))
+                _write_pieces(folder, pieces, made.array, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT), list_contents)
+            list_contents()
         finally:
-            for made in created.values():
-                _written(made.result())
+            for array in made.created.values():
+                _written(array)
 
     try:
         group.together(f"begin {path}", begin if group.rank == 0 else lambda: None)
         squeezed = group.agree(f"squeeze {path}", None, decided)[0] == [True]
-        with ThreadPoolExecutor(1, thread_name_prefix="arrays") as beside:  # makes the arrays, then what lists them
+        with ThreadPoolExecutor(1, thread_name_prefix="contents") as beside:
             group.together(f"write {path}", write)
         group.together(f"commit {path}", lambda: _commit(path, plan, *listed[0].result(), begun) if group.rank == 0 else None)
     except BaseException:
@@ -256,9 +157,30 @@ def write_checkpoint(
             release()
 
 
-def _largest_first(plan: Plan) -> list[PlannedLeaf]:
-    """Order the arrays so that all threads soon have work, and still do while the small ones are made."""
-    return sorted(plan.leaves, key=lambda leaf: math.prod(leaf.split.shape), reverse=True)
+class _Arrays:
+    """The arrays of a checkpoint: the first process makes them, well ahead of what is written; the others know what they will be."""
+
+    def __init__(self, folder: Path, plan: Plan, squeezed: bool, first: bool, ctx: Any) -> None:
+        self.folder, self.squeezed, self.first, self.ctx = folder, squeezed, first, ctx
+        self.order = plan.largest_first()
+        self.places = {leaf.name: i for i, leaf in enumerate(self.order)}
+        self.created: dict[str, Any] = {}
+
+    def array(self, leaf: PlannedLeaf) -> Any:
+        """Open an array to write to; with each come two others, so that writes begin with the first and never wait for one."""
+        if not self.first:
+            return _written(arrays.open_new(self.folder, leaf.name, leaf.meta(self.squeezed), self.ctx))
+        self._create(2 * self.places[leaf.name] + 2)
+        return _written(self.created[leaf.name])
+
+    def all(self) -> dict[str, Any]:
+        """Make those that are left; gives futures of all."""
+        self._create(len(self.order))
+        return self.created
+
+    def _create(self, most: int) -> None:
+        for leaf in self.order[len(self.created) : most]:
+            self.created[leaf.name] = arrays.create(self.folder, leaf.name, leaf.meta(self.squeezed), self.ctx)
 
 
 def _begin(path: Path) -> Callable[[], None]:
@@ -279,18 +201,20 @@ def _begin(path: Path) -> Callable[[], None]:
     return unlock
 
 
-def _write_pieces(folder: Path, pieces: Iterable[Piece], array: Callable[[PlannedLeaf], Any], in_flight: int) -> None:
-    """Write some pieces into what ``array`` gives for a leaf, all on the disk on return.
+def _write_pieces(
+    folder: Path, pieces: Iterable[Piece], array: Callable[[PlannedLeaf], Any], in_flight: int, meanwhile: Callable[[], None]
+) -> None:
+    """Write some pieces into what ``array`` gives for a leaf, all on the disk on return; ``meanwhile`` is called once all are under way.
 
     Threads beside write each file out as soon as it is there: a disk is fastest with much to do, and what is computed for a file
     (checksums, tiles) does not wait for another file. All are flushed together at the end. In memory there is nothing to flush.
     """
     opened: dict[str, Any] = {}
     on_disk = not files.in_memory(folder)
-    flying: deque[tuple[Any, int]] = deque()
+    ended: SimpleQueue[tuple[Any, int]] = SimpleQueue()
     leaving: deque[Future[None]] = deque()
     written: list[Path] = []
-    bytes_flying = 0
+    flying = bytes_flying = 0
     with ThreadPoolExecutor(files.FLUSHES, thread_name_prefix="flush") as pool:
         try:
             for leaf, (offset, shape), values in pieces:
@@ -302,21 +226,22 @@ def _write_pieces(folder: Path, pieces: Iterable[Piece], array: Callable[[Planne
                 if leaf.name not in opened:
                     opened = {leaf.name: array(leaf)}
                 x = arrays.as_numpy(values.cpu())
-                while flying and bytes_flying + x.nbytes > in_flight:
-                    done, size = flying.popleft()
+                while flying and bytes_flying + x.nbytes > in_flight:  # whichever ends next: the oldest may be the last
+                    done, size = ended.get()
+                    flying, bytes_flying = flying - 1, bytes_flying - size
                     _written(done)
-                    bytes_flying -= size
                 while len(leaving) > UNFLUSHED:
                     leaving.popleft().result()
-                flying.append((arrays.write(opened[leaf.name], offset, x), x.nbytes))
-                bytes_flying += x.nbytes
+                write = arrays.write(opened[leaf.name], offset, x)
+                write.add_done_callback(lambda done, size=x.nbytes: ended.put((done, size)))
+                flying, bytes_flying = flying + 1, bytes_flying + x.nbytes
                 if on_disk:
                     written.append(folder / leaf.file_at(offset))
-                    leaving.append(pool.submit(_write_out, flying[-1][0], written[-1]))
-        finally:
-            for done, _ in flying:
-                done.exception()  # whatever failed: nothing is written into a folder that is removed
-        for done, _ in flying:
+                    leaving.append(pool.submit(_write_out, write, written[-1]))
+            meanwhile()
+        finally:  # whatever failed: nothing is written into a folder that is removed
+            last = [ended.get()[0] for _ in range(flying)]
+        for done in last:
             _written(done)
         for left in leaving:
             left.result()
@@ -337,11 +262,11 @@ def _write_out(write: Any, path: Path) -> None:
 
 
 def _listed(
-    folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Future[Any]]
+    folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Any]
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Flush the arrays' zarr.json once they are made, spell the files beside the arrays, and list all contents."""
     for array in created.values():
-        _written(array.result())
+        _written(array)
     if not files.in_memory(folder):
         files.flush_all(files.with_folders((folder / leaf.name / "zarr.json" for leaf in plan.leaves), folder))
     found = {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
@@ -350,7 +275,7 @@ def _listed(
     manifest = {
         "format_version": VERSION,
         "written_by": {"mtl": __version__, "torch": torch.__version__},
-        "arrays": {leaf.name: _describe(leaf) for leaf in plan.leaves},
+        "arrays": {leaf.name: leaf.describe() for leaf in plan.leaves},
         "files": {name: files.stamp(data) for name, data in (shapes | found).items()},
     }
     return found, manifest
@@ -360,7 +285,7 @@ def _commit(path: Path, plan: Plan, beside: dict[str, bytes], manifest: dict[str
     partial = files.unfinished(path)
     folder = partial / ITEM
     for leaf in plan.leaves:
-        lost = next((f for f in _file_names(leaf) if not files.is_there(f"{folder}/{f}")), None)
+        lost = next((f for f in leaf.files() if not files.is_there(f"{folder}/{f}")), None)
         if lost is not None:
             raise UserError(f"{folder / lost} was written but is not there: another program removed it. Nothing was committed.")
     around = {
@@ -373,28 +298,3 @@ def _commit(path: Path, plan: Plan, beside: dict[str, bytes], manifest: dict[str
     if not files.in_memory(folder):
         files.flush_all(files.with_folders(written, partial.resolve()))
     files.publish(path)
-
-
-def _describe(leaf: PlannedLeaf) -> dict[str, Any]:
-    return {
-        "keys": list(leaf.keys),
-        "shape": list(leaf.split.shape),
-        "dtype": leaf.dtype,
-        "file": list(leaf.chunk),
-        "tile": list(leaf.tile),
-    }
-
-
-def _file_names(leaf: PlannedLeaf) -> Iterable[str]:
-    yield f"{leaf.name}/zarr.json"
-    grid = [range(math.ceil(n / c)) for n, c in zip(leaf.split.shape, leaf.chunk, strict=True)]
-    for place in geometry.places(grid):
-        yield "/".join([leaf.name, "c", *(str(i) for i in place)])
-
-
-def _outermost(split: Split) -> Split:
-    if split.regular():
-        return split
-    parts = split.parts()
-    kept = [cut[:1] if len(cut) > 1 and n % p else cut for n, p, cut in zip(split.shape, parts, split.cuts, strict=True)]
-    return Split(split.shape, tuple(kept), split.mesh, split.ranks)

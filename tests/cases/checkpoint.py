@@ -195,7 +195,8 @@ def refusal(kind: str, path: str) -> str:
 def deserted(path: str) -> str:
     """The last process never takes part."""
     from mtl.checkpoint.peers import peers
-    from mtl.checkpoint.save import make_plan, small_files, write_checkpoint
+    from mtl.checkpoint.plan import make_plan
+    from mtl.checkpoint.save import small_files, write_checkpoint
 
     if dist.get_rank() < dist.get_world_size() - 1:
         state = {"w": values((40, 30))}
