@@ -163,7 +163,9 @@ def window(array: Any, offset: Sequence[int], shape: Sequence[int]) -> Any:
 
 def write(array: Any, offset: Sequence[int], x: Any) -> Any:
     """Write a numpy array into a box; gives a future. The memory must stay as it is until then."""
-    return window(array, offset, x.shape).write(x, can_reference_source_data_indefinitely=True)
+    future = window(array, offset, x.shape).write(x, can_reference_source_data_indefinitely=True)
+    future.commit.force()  # nobody may ask for the result: tensorstore would be free to let it wait
+    return future
 
 
 def read_into(array: Any, offset: Sequence[int], x: Any) -> Any:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -34,7 +35,7 @@ ALONE = min(16, 2 + (os.cpu_count() or 1) // 2)
 IN_FLIGHT = 3 * geometry.FILE_BYTES
 """Bytes a thread that are handed to tensorstore and not written yet, which is also about what it copies."""
 LEAST_IN_FLIGHT = 8 * geometry.FILE_BYTES
-"""The same where there are few threads: who waits for the oldest file must find others under way."""
+"""The same where there are few threads: while room is made for a file, others must be under way."""
 UNFLUSHED = 64
 """How many files a process may have written whose values are not on the disk yet."""
 STREAMED = 128 << 20
@@ -138,9 +139,11 @@ def write_checkpoint(
             for pieces in waves:
                 _write_pieces(folder, pieces, made.array, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT), list_contents)
             list_contents()
-        finally:
+        finally:  # whatever failed: nothing is made in a folder that is removed
             for array in made.created.values():
-                _written(array)
+                array.exception()
+        for array in made.created.values():
+            _written(array)
 
     try:
         group.together(f"begin {path}", begin if group.rank == 0 else lambda: None)
@@ -162,25 +165,25 @@ class _Arrays:
 
     def __init__(self, folder: Path, plan: Plan, squeezed: bool, first: bool, ctx: Any) -> None:
         self.folder, self.squeezed, self.first, self.ctx = folder, squeezed, first, ctx
-        self.order = plan.largest_first()
-        self.places = {leaf.name: i for i, leaf in enumerate(self.order)}
+        self.left = iter(plan.largest_first())
         self.created: dict[str, Any] = {}
 
     def array(self, leaf: PlannedLeaf) -> Any:
-        """Open an array to write to; with each come two others, so that writes begin with the first and never wait for one."""
+        """Open an array to write to; with it come two more, so that writes begin with the first and hardly wait for the others."""
         if not self.first:
             return _written(arrays.open_new(self.folder, leaf.name, leaf.meta(self.squeezed), self.ctx))
-        self._create(2 * self.places[leaf.name] + 2)
+        self._create([leaf, *islice(self.left, 2)])
         return _written(self.created[leaf.name])
 
     def all(self) -> dict[str, Any]:
         """Make those that are left; gives futures of all."""
-        self._create(len(self.order))
+        self._create(self.left)
         return self.created
 
-    def _create(self, most: int) -> None:
-        for leaf in self.order[len(self.created) : most]:
-            self.created[leaf.name] = arrays.create(self.folder, leaf.name, leaf.meta(self.squeezed), self.ctx)
+    def _create(self, leaves: Iterable[PlannedLeaf]) -> None:
+        for leaf in leaves:
+            if leaf.name not in self.created:
+                self.created[leaf.name] = arrays.create(self.folder, leaf.name, leaf.meta(self.squeezed), self.ctx)
 
 
 def _begin(path: Path) -> Callable[[], None]:
@@ -211,13 +214,14 @@ def _write_pieces(
     """
     opened: dict[str, Any] = {}
     on_disk = not files.in_memory(folder)
-    ended: SimpleQueue[tuple[Any, int]] = SimpleQueue()
+    ended: SimpleQueue[int] = SimpleQueue()
+    under_way: dict[int, tuple[Any, int]] = {}
     leaving: deque[Future[None]] = deque()
     written: list[Path] = []
-    flying = bytes_flying = 0
+    bytes_flying = 0
     with ThreadPoolExecutor(files.FLUSHES, thread_name_prefix="flush") as pool:
         try:
-            for leaf, (offset, shape), values in pieces:
+            for i, (leaf, (offset, shape), values) in enumerate(pieces):
                 if tuple(values.shape) != shape or str(values.dtype) != f"torch.{leaf.dtype}":
                     raise UserError(
                         f"checkpoint leaf {leaf.name!r}: the part at {offset} is {values.dtype} {tuple(values.shape)}, "
@@ -226,22 +230,24 @@ def _write_pieces(
                 if leaf.name not in opened:
                     opened = {leaf.name: array(leaf)}
                 x = arrays.as_numpy(values.cpu())
-                while flying and bytes_flying + x.nbytes > in_flight:  # whichever ends next: the oldest may be the last
-                    done, size = ended.get()
-                    flying, bytes_flying = flying - 1, bytes_flying - size
+                while under_way and bytes_flying + x.nbytes > in_flight:  # whichever ends next: the oldest may be the last
+                    done, size = under_way.pop(ended.get())
+                    bytes_flying -= size
                     _written(done)
                 while len(leaving) > UNFLUSHED:
                     leaving.popleft().result()
                 write = arrays.write(opened[leaf.name], offset, x)
-                write.add_done_callback(lambda done, size=x.nbytes: ended.put((done, size)))
-                flying, bytes_flying = flying + 1, bytes_flying + x.nbytes
+                under_way[i] = write, x.nbytes
+                write.add_done_callback(lambda _, i=i: ended.put(i))
+                bytes_flying += x.nbytes
                 if on_disk:
                     written.append(folder / leaf.file_at(offset))
                     leaving.append(pool.submit(_write_out, write, written[-1]))
             meanwhile()
         finally:  # whatever failed: nothing is written into a folder that is removed
-            last = [ended.get()[0] for _ in range(flying)]
-        for done in last:
+            for done, _ in under_way.values():
+                done.exception()
+        for done, _ in under_way.values():
             _written(done)
         for left in leaving:
             left.result()
