@@ -35,12 +35,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(params=["plain", "squeezed"])
+@pytest.fixture(params=["plain", "squeezed", "rows"])
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Save as where the processor sets the pace, and as where a disk does, whatever this machine is."""
-    from mtl.checkpoint import arrays, files
+    """Save as where the processor sets the pace, as where a disk does, and as in memory, whatever this machine is."""
+    from mtl.checkpoint import arrays, files, geometry
 
-    monkeypatch.setattr(files, "MEMORY", ())
+    monkeypatch.setattr(files, "MEMORY", files.LOCAL if request.param == "rows" else ())
+    monkeypatch.setattr(geometry, "ROW_TILE_BYTES", geometry.TILE_BYTES)
     monkeypatch.setattr(arrays, "SQUEEZE_CORES", 0 if request.param == "squeezed" else 1 << 20)
     return request.param
 

@@ -218,7 +218,7 @@ def split(shape: tuple[int, ...], cuts: tuple[tuple[int, ...], ...], mesh: tuple
     ],
 )
 def test_files_cover_an_array_once_and_tiles_divide_them(case: geometry.Split) -> None:
-    chunk = geometry.file_shape(case, 4)
+    chunk = geometry.file_shape(case, 4, geometry.FILE_BYTES)
     tile = geometry.tile_shape(chunk, 4, case.shape)
     assert all(c % t == 0 for c, t in zip(chunk, tile, strict=True)), (chunk, tile)
     size = 4 * torch.Size(tile).numel()

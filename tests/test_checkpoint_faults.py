@@ -94,7 +94,7 @@ def test_what_lies_beside_the_item_for_orbax_is_checked_too(good: Path, tmp_path
 
 def test_a_flipped_byte_anywhere_in_a_frame_is_found(tiles: str, tmp_path: Path) -> None:
     """But six of gzip's header, which say when, how and where it was written: values do not depend on them (nor on a bit of its flags)."""
-    magic, idle = {"plain": (b"\x1f\x8b\x08", range(4, 10)), "squeezed": (b"\x28\xb5\x2f\xfd", range(0))}[tiles]
+    magic, idle = (b"\x28\xb5\x2f\xfd", range(0)) if tiles == "squeezed" else (b"\x1f\x8b\x08", range(4, 10))
     state = {"w": torch.randn(600, 700)}
     checkpoint.save(tmp_path / "c", state)
     info = checkpoint.inspect(tmp_path / "c").arrays["w"]

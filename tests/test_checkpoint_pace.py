@@ -1,5 +1,6 @@
 """What makes saves quick: when the first file goes out, what makes room for the next, how many threads and heaps there are."""
 
+import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from mtl import checkpoint
 from mtl.checkpoint import arrays, files, geometry
-from mtl.checkpoint.peers import peers
+from mtl.checkpoint.peers import Peers, peers
 from mtl.checkpoint.plan import make_plan
 from mtl.checkpoint.save import part_of, write_checkpoint
 
@@ -90,4 +91,53 @@ def test_in_memory_no_more_threads_write_than_copy(tmp_path: Path, monkeypatch: 
     for kinds in ((files._file_system(tmp_path),), ()):
         monkeypatch.setattr(files, "MEMORY", kinds)
         checkpoint.save(tmp_path / str(len(kinds)), {"w": torch.randn(3)})
+    assert asked == [True, False]
+
+
+def test_tiles_are_whole_rows_where_one_process_saves_to_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie in memory as in the file: no copy gathers them. Readers of columns want squares, and so do disks and many processes."""
+    for name, size in (("ROW_FILE_BYTES", 1 << 20), ("ROW_TILE_BYTES", 1 << 16), ("FILE_BYTES", 1 << 20), ("TILE_BYTES", 1 << 16)):
+        monkeypatch.setattr(geometry, name, size)
+    monkeypatch.setattr(files, "MEMORY", (files._file_system(tmp_path),))
+    state = {"w": torch.randn(1024, 512), "layers": torch.randn(3, 256, 512), "odd": torch.randn(701, 331), "prime": torch.randn(9973)}
+
+    def squares(path: Path) -> dict[str, bool]:
+        found = checkpoint.inspect(path).arrays
+        assert all(checkpoint.restore(path, state)[name].equal(x) for name, x in state.items())
+        assert all(a.tile != a.file for name, a in found.items() if name != "prime")
+        return {name: a.tile[-1] < a.file[-1] for name, a in found.items()}
+
+    checkpoint.save(tmp_path / "rows", state)
+    assert not any(squares(tmp_path / "rows").values())
+    assert checkpoint.inspect(tmp_path / "rows").arrays["w"].tile == (32, 512)
+    checkpoint.save(tmp_path / "parts", state, part=part_of(state))
+    checkpoint.save(tmp_path / "files", state, files_of=lambda name, shape: shape)
+    monkeypatch.setattr(files, "MEMORY", ())
+    checkpoint.save(tmp_path / "disk", state)
+    for name in ("parts", "files", "disk"):
+        assert squares(tmp_path / name) == {"w": True, "layers": True, "odd": True, "prime": False}, name
+
+    def asking(state: Any, group: Any, files_of: Any, rows: bool) -> Any:
+        asked.append(rows)
+        return make_plan(state, group, files_of, rows)
+
+    saving, asked = sys.modules["mtl.checkpoint.save"], list[bool]()
+    monkeypatch.setattr(files, "MEMORY", (files._file_system(tmp_path),))
+    monkeypatch.setattr(saving, "peers", lambda: Peers(world=2))
+    monkeypatch.setattr(saving, "make_plan", asking)
+    monkeypatch.setattr(saving, "write_checkpoint", lambda *_: None)
+    checkpoint.save(tmp_path / "two", state)
+    assert asked == [False]
+
+
+def test_files_in_memory_are_read_through_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on a disk only where they are read whole: the system reads ahead of a map."""
+    monkeypatch.setattr(geometry, "FILE_BYTES", 1 << 18)
+    state, usual, asked = {"w": torch.randn(1024, 512)}, arrays.open_old, list[bool]()
+    checkpoint.save(tmp_path / "c", state)
+    monkeypatch.setattr(arrays, "open_old", lambda *args: asked.append(args[-1]) or usual(*args))
+    monkeypatch.setattr(geometry, "whole", lambda *_: False)
+    for kinds in ((files._file_system(tmp_path),), ()):
+        monkeypatch.setattr(files, "MEMORY", kinds)
+        assert checkpoint.restore(tmp_path / "c", state)["w"].equal(state["w"])
     assert asked == [True, False]

@@ -22,8 +22,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, Shard
 
 from mtl import checkpoint, tree
+from mtl.checkpoint import files
 from mtl.checkpoint.background import Saver
-from mtl.checkpoint.files import in_memory
 from mtl.runtime import process
 from mtl.sharding.mesh import MeshShape, make_mesh
 
@@ -99,7 +99,7 @@ def alone(bench: Bench, folder: Path, at: process.Place) -> list[str]:
     }
     took: dict[str, list[list[float]]] = {name: [[], []] for name in programs}
     work: dict[str, list[float]] = {name: [math.inf, math.inf] for name in programs}
-    memory = in_memory(folder)
+    memory = files.in_memory(folder)
     room = shutil.disk_usage(folder).free > 1.2 * bench.gib * 2**30 * len(programs) and not memory
     for turn in range(bench.repeats):
         # what came just before, or that nothing did, decides how much memory the host has at hand: every round has its own order
@@ -160,9 +160,9 @@ def ranks(bench: Bench, folder: Path, at: process.Place) -> list[str]:
         saved, loaded, read = math.inf, math.inf, 0
         for _ in range(bench.repeats):
             saved = min(saved, together(lambda: put(folder / "c")))  # noqa: B023 (called at once)
-            before = bytes_read()
             loaded = min(loaded, together(lambda: get(folder / "c")))  # noqa: B023
-            read = bytes_read() - before
+            read = counted(lambda: get(folder / "c"))  # noqa: B023
+            dist.barrier()
             if at.rank == 0:
                 shutil.rmtree(folder / "c")
             dist.barrier()
@@ -291,9 +291,19 @@ def together(action: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def bytes_read() -> int:
-    """Count what this process has read from files."""
-    return int(Path("/proc/self/io").read_text().split()[1])
+def counted(action: Callable[[], Any]) -> int:
+    """Count what this process reads from files while it restores once more, without memory maps, of which the system counts nothing."""
+
+    def so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    local, files.LOCAL = files.LOCAL, ()
+    before = so_far()
+    try:
+        action()
+    finally:
+        files.LOCAL = local
+    return so_far() - before
 
 
 if __name__ == "__main__":

@@ -154,11 +154,8 @@ def reason(error: Exception) -> str:
 
 
 def window(array: Any, offset: Sequence[int], shape: Sequence[int]) -> Any:
-    """Take a box of a tensorstore array, with its origin at zero."""
-    if not shape:
-        return array
-    where = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-    return array[where].translate_to[tuple(0 for _ in shape)]
+    """Take a box of a tensorstore array; what is written to it or takes its values need not have its origin."""
+    return array[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] if shape else array
 
 
 def write(array: Any, offset: Sequence[int], x: Any) -> Any:

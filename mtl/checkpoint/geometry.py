@@ -23,6 +23,8 @@ FILE_BYTES = 16 << 20
 SHARE_BYTES = 1 << 20
 """Copies of a box smaller than this are written by one holder; larger ones are shared out among the holders."""
 TILE_BYTES = 1 << 20
+ROW_FILE_BYTES, ROW_TILE_BYTES = 32 << 20, 4 << 20
+"""The same where tiles are whole rows: for memory, where larger ones take less of the processor's time and no disk waits for them."""
 ROW_BYTES = 1 << 10
 """Rows of a tile are not cut shorter than half of this while another dimension can be cut."""
 
@@ -100,12 +102,12 @@ def _cuts(name: str, x: DTensor) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(cut) for cut in cuts)
 
 
-def file_shape(split: Split, itemsize: int) -> tuple[int, ...]:
-    """Choose what one file holds: a part, or an even share of it where several hold it or it is large."""
+def file_shape(split: Split, itemsize: int, limit: int) -> tuple[int, ...]:
+    """Choose what one file holds: a part, or an even share of it where several hold it or it is larger than about ``limit`` bytes."""
     parts, chunk = split.parts(), list(split.unit())
     copies = math.prod(split.mesh) // math.prod(parts)
     share = max(math.prod(chunk) * itemsize / copies, SHARE_BYTES)
-    goal = share / math.ceil(share / (1.1 * FILE_BYTES))
+    goal = share / math.ceil(share / (1.1 * limit))
     for most in (4, max(chunk, default=1)):  # few uneven cuts first: a prime length may be left whole where another dimension can be cut
         for d, n in enumerate(chunk):
             size = math.prod(chunk) * itemsize
@@ -139,6 +141,18 @@ def tile_shape(chunk: Sequence[int], itemsize: int, shape: Sequence[int]) -> tup
             factor = next(k for k in range(2, tile[d] + 1) if tile[d] % k == 0)
         tile[d] //= factor
         cuts[d] *= factor
+    return tuple(tile)
+
+
+def row_tile_shape(chunk: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Choose tiles of about `ROW_TILE_BYTES` that divide a file and are whole rows of it: in memory a tile's values lie side by side."""
+    tile = list(chunk)
+    for d, n in enumerate(chunk):
+        cuts = math.ceil(math.prod(tile) * itemsize / ROW_TILE_BYTES)
+        if cuts <= 1:
+            break
+        near = (*range(cuts, 4 * cuts), *range(cuts - 1, 0, -1))  # a prime length: larger tiles
+        tile[d] //= n if n <= cuts else next(k for k in near if n % k == 0)
     return tuple(tile)
 
 

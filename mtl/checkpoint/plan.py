@@ -67,14 +67,15 @@ class Plan:
         return sorted(self.leaves, key=lambda leaf: math.prod(leaf.split.shape), reverse=True)
 
 
-def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -> Plan:
-    """Decide which process writes which box of which leaf: the same plan on every process."""
+def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None, rows: bool = False) -> Plan:
+    """Decide which process writes which box of which leaf: the same plan on every process. Tiles may be whole ``rows``."""
     entries = tree.keyed(state, empty=True)
     empty = [(keys, x) for keys, x in entries if x is None or (isinstance(x, dict | list | tuple) and not x)]
     leaves: list[tuple[str, orbax.Keys, Any]] = [
         (".".join(str(k) for k in keys), keys, x) for keys, x in entries if x is not None and not isinstance(x, dict | list | tuple)
     ]
     check_names([(name, keys) for name, keys, _ in leaves])
+    limit = geometry.ROW_FILE_BYTES if rows else geometry.FILE_BYTES
     splits: list[tuple[Split, tuple[int, ...], int]] = []
     for name, _, x in leaves:
         if not isinstance(x, Tensor):
@@ -86,7 +87,7 @@ def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -
             raise UserError(f"checkpoint leaf {name!r} of shape {tuple(x.shape)} has no elements, which Orbax cannot hold. Leave it out.")
         split = _outermost(geometry.split_of(name, x, group.world))
         chosen = files_of(name, tuple(x.shape)) if files_of is not None and not isinstance(x, DTensor) else None
-        splits.append((split, chosen or geometry.file_shape(split, x.dtype.itemsize), x.dtype.itemsize))
+        splits.append((split, chosen or geometry.file_shape(split, x.dtype.itemsize, limit), x.dtype.itemsize))
     shares = geometry.writers(splits, group.world)
     planned = tuple(
         PlannedLeaf(
@@ -95,7 +96,7 @@ def make_plan(state: tree.Tree, group: Peers, files_of: FilesOf | None = None) -
             split,
             arrays.dtype_name(x.dtype, name),
             chunk,
-            geometry.tile_shape(chunk, size, x.shape),
+            geometry.row_tile_shape(chunk, size) if rows else geometry.tile_shape(chunk, size, x.shape),
             tuple(share.get(group.rank, ())),
         )
         for (name, keys, x), (split, chunk, size), share in zip(leaves, splits, shares, strict=True)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from mtl import tree
 from mtl.checkpoint import arrays, geometry
 from mtl.checkpoint.contents import ArrayInfo, Contents, inspect
-from mtl.checkpoint.files import is_local
+from mtl.checkpoint.files import in_memory, is_local
 from mtl.checkpoint.geometry import Box
 from mtl.checkpoint.peers import CheckpointError, Damaged, Peers, peers
 from mtl.errors import UserError
@@ -67,11 +67,11 @@ def read_leaves(contents: Contents, leaves: Sequence[tuple[str, Any]], threads: 
     """Read this process's part of every leaf."""
     ctx = arrays.context(threads)
     boxes = {name: local_box(name, x) for name, x in leaves}
-    near = contents.by_mtl and is_local(contents.item)
+    near, memory = contents.by_mtl and is_local(contents.item), in_memory(contents.item)
 
     def opened(name: str) -> Any:
         info = contents.arrays[name]
-        mapped = near and geometry.whole(boxes[name], info.shape, info.file)
+        mapped = near and (memory or geometry.whole(boxes[name], info.shape, info.file))
         return arrays.open_old(contents.item, name, ctx, contents.driver, contents.ocdbt, mapped)
 
     opening = {name: opened(name) for name, _ in leaves}

@@ -36,6 +36,8 @@ IN_FLIGHT = 3 * geometry.FILE_BYTES
 """Bytes a thread that are handed to tensorstore and not written yet, which is also about what it copies."""
 LEAST_IN_FLIGHT = 8 * geometry.FILE_BYTES
 """The same where there are few threads: while room is made for a file, others must be under way."""
+ROWS_IN_FLIGHT = 2 * geometry.ROW_FILE_BYTES
+"""Bytes a thread where tiles are whole rows."""
 UNFLUSHED = 64
 """How many files a process may have written whose values are not on the disk yet."""
 STREAMED = 128 << 20
@@ -63,12 +65,14 @@ def save(
     choose what one file of an array holds, for arrays that are no DTensors.
     """
     path, group = Path(path).absolute(), peers()
-    plan = make_plan(state, group, files_of)
+    threads = ALONE if group.world == 1 else THREADS
+    rows = group.world == 1 and part is None and files_of is None and files.in_memory(path)
+    plan = make_plan(state, group, files_of, rows)
     small = small_files(host, config, extra)
     state = regular(state)
-    give, in_flight = (part_of(state), None) if part is None else (part, STREAMED)
+    give, in_flight = (part_of(state), threads * ROWS_IN_FLIGHT if rows else None) if part is None else (part, STREAMED)
     boxes = ((leaf, box, give(leaf.name, box)) for leaf in plan.largest_first() for box in leaf.mine)
-    write_checkpoint(path, plan, small, group, [boxes], ALONE if group.world == 1 else THREADS, in_flight)
+    write_checkpoint(path, plan, small, group, [boxes], threads, in_flight)
 
 
 def part_of(state: tree.Tree) -> Part:
@@ -120,24 +124,25 @@ def write_checkpoint(
     The pieces of a wave are on the disk before the next wave is asked for.
     """
     begun, folder = time.time(), files.unfinished(path).resolve() / ITEM
+    room = in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT)
     unlock: list[Callable[[], None]] = []
     decided: list[bool] = []
-    listed: list[Future[tuple[dict[str, bytes], dict[str, Any]]]] = []
+    listed: list[Future[dict[str, bytes]]] = []
 
     def begin() -> None:
         unlock.append(_begin(path))
         decided.append(arrays.squeezes(folder))
 
     def write() -> None:
-        made = _Arrays(folder, plan, squeezed, group.rank == 0, arrays.context(threads, files.in_memory(folder)))
+        made = _Arrays(folder, plan, squeezed, group.rank == 0, arrays.context(threads, in_memory=not on_disk))
 
         def list_contents() -> None:
             if group.rank == 0 and not listed:
-                listed.append(beside.submit(_listed, folder, plan, small, made.all()))
+                listed.append(beside.submit(_listed, folder, on_disk, plan, small, made.all(), begun))
 
         try:
             for pieces in waves:
-                _write_pieces(folder, pieces, made.array, in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT), list_contents)
+                _write_pieces(folder, pieces, made.array, room, on_disk, list_contents)
             list_contents()
         finally:  # whatever failed: nothing is made in a folder that is removed
             for array in made.created.values():
@@ -147,10 +152,10 @@ def write_checkpoint(
 
     try:
         group.together(f"begin {path}", begin if group.rank == 0 else lambda: None)
-        squeezed = group.agree(f"squeeze {path}", None, decided)[0] == [True]
+        squeezed, on_disk = group.agree(f"squeeze {path}", None, decided)[0] == [True], not files.in_memory(folder)
         with ThreadPoolExecutor(1, thread_name_prefix="contents") as beside:
             group.together(f"write {path}", write)
-        group.together(f"commit {path}", lambda: _commit(path, plan, *listed[0].result(), begun) if group.rank == 0 else None)
+        group.together(f"commit {path}", lambda: _commit(path, on_disk, plan, listed[0].result()) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
             shutil.rmtree(files.unfinished(path), ignore_errors=True)
@@ -205,7 +210,7 @@ def _begin(path: Path) -> Callable[[], None]:
 
 
 def _write_pieces(
-    folder: Path, pieces: Iterable[Piece], array: Callable[[PlannedLeaf], Any], in_flight: int, meanwhile: Callable[[], None]
+    folder: Path, pieces: Iterable[Piece], array: Callable[[PlannedLeaf], Any], room: int, on_disk: bool, meanwhile: Callable[[], None]
 ) -> None:
     """Write some pieces into what ``array`` gives for a leaf, all on the disk on return; ``meanwhile`` is called once all are under way.
 
@@ -213,7 +218,6 @@ def _write_pieces(
     (checksums, tiles) does not wait for another file. All are flushed together at the end. In memory there is nothing to flush.
     """
     opened: dict[str, Any] = {}
-    on_disk = not files.in_memory(folder)
     ended: SimpleQueue[int] = SimpleQueue()
     under_way: dict[int, tuple[Any, int]] = {}
     leaving: deque[Future[None]] = deque()
@@ -230,7 +234,7 @@ def _write_pieces(
                 if leaf.name not in opened:
                     opened = {leaf.name: array(leaf)}
                 x = arrays.as_numpy(values.cpu())
-                while under_way and bytes_flying + x.nbytes > in_flight:  # whichever ends next: the oldest may be the last
+                while under_way and bytes_flying + x.nbytes > room:  # whichever ends next: the oldest may be the last
                     done, size = under_way.pop(ended.get())
                     bytes_flying -= size
                     _written(done)
@@ -268,15 +272,17 @@ def _write_out(write: Any, path: Path) -> None:
 
 
 def _listed(
-    folder: Path, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Any]
-) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Flush the arrays' zarr.json once they are made, spell the files beside the arrays, and list all contents."""
+    folder: Path, on_disk: bool, plan: Plan, small: Mapping[str, bytes | Path], created: Mapping[str, Any], begun: float
+) -> dict[str, bytes]:
+    """Flush the arrays' zarr.json once they are made, and spell all files beside the arrays, the list of contents last."""
     for array in created.values():
         _written(array)
-    if not files.in_memory(folder):
+    if on_disk:
         files.flush_all(files.with_folders((folder / leaf.name / "zarr.json" for leaf in plan.leaves), folder))
     found = {name: value.read_bytes() if isinstance(value, Path) else value for name, value in small.items()}
     found["_METADATA"] = orbax.tree_metadata([leaf.keys for leaf in plan.leaves], plan.empty)
+    found[f"{files.AROUND}_CHECKPOINT_METADATA"] = orbax.step_metadata(begun)
+    found[f"{files.AROUND}commit_success.txt"] = b"Checkpoint commit was successful.\n"
     shapes = {f"{leaf.name}/zarr.json": (folder / leaf.name / "zarr.json").read_bytes() for leaf in plan.leaves}
     manifest = {
         "format_version": VERSION,
@@ -284,23 +290,17 @@ def _listed(
         "arrays": {leaf.name: leaf.describe() for leaf in plan.leaves},
         "files": {name: files.stamp(data) for name, data in (shapes | found).items()},
     }
-    return found, manifest
+    return found | {MANIFEST: files.seal(manifest)}
 
 
-def _commit(path: Path, plan: Plan, beside: dict[str, bytes], manifest: dict[str, Any], begun: float) -> None:
+def _commit(path: Path, on_disk: bool, plan: Plan, small: Mapping[str, bytes]) -> None:
     partial = files.unfinished(path)
     folder = partial / ITEM
     for leaf in plan.leaves:
         lost = next((f for f in leaf.files() if not files.is_there(f"{folder}/{f}")), None)
         if lost is not None:
             raise UserError(f"{folder / lost} was written but is not there: another program removed it. Nothing was committed.")
-    around = {
-        f"{files.AROUND}_CHECKPOINT_METADATA": orbax.step_metadata(begun),
-        f"{files.AROUND}commit_success.txt": b"Checkpoint commit was successful.\n",
-    }
-    listed = manifest["files"] | {name: files.stamp(data) for name, data in around.items()}
-    small = beside | around | {MANIFEST: files.seal(manifest | {"files": listed})}
     written = [files.write_file((folder / name).resolve(), data) for name, data in small.items()]
-    if not files.in_memory(folder):
+    if on_disk:
         files.flush_all(files.with_folders(written, partial.resolve()))
     files.publish(path)
