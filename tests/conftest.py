@@ -36,12 +36,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(params=["plain", "squeezed", "rows"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Save as where the processor sets the pace, as where a disk does, and as in memory, whatever this machine is."""
-    from mtl.checkpoint import arrays, files, geometry
+    from mtl.checkpoint import arrays, files
 
-    monkeypatch.setattr(files, "MEMORY", files.LOCAL if request.param == "rows" else ())
-    monkeypatch.setattr(geometry, "ROW_TILE_BYTES", geometry.TILE_BYTES)
+    monkeypatch.setattr(files, "MEMORY", (files._file_system(tmp_path),) if request.param == "rows" else ())
     monkeypatch.setattr(arrays, "SQUEEZE_CORES", 0 if request.param == "squeezed" else 1 << 20)
     return request.param
 

@@ -1,7 +1,10 @@
 """What makes saves quick: when the first file goes out, what makes room for the next, how many threads and heaps there are."""
 
+import json
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -130,6 +133,40 @@ def test_tiles_are_whole_rows_where_one_process_saves_to_memory(tmp_path: Path, 
     assert asked == [False]
 
 
+@pytest.mark.parametrize(
+    ("file", "tile"),
+    [
+        ((2048, 4096), (256, 4096)),  # 32 MiB: eight tiles of 4
+        ((8, 1024, 1024), (1, 1024, 1024)),
+        ((512, 1024), (256, 1024)),  # 2 MiB: two tiles, each under a checksum that is quick
+        ((256, 1024), (256, 1024)),  # 1 MiB: no tiles
+        ((251, 20032), (1, 20032)),  # a prime length: whole rows still
+        ((7, 5_000_000), (1, 1_000_000)),
+        ((9_090_944,), (568_184,)),
+        ((3, 5), (3, 5)),
+    ],
+)
+def test_tiles_of_whole_rows_divide_a_file(file: tuple[int, ...], tile: tuple[int, ...]) -> None:
+    assert geometry.row_tile_shape(file, 4) == tile
+
+
+def test_contents_are_listed_after_waves_of_which_none_is_known_to_be_the_last(tmp_path: Path) -> None:
+    """The list says when: a background save's waves may take minutes."""
+    state, between = {"w": torch.randn(8, 4)}, list[float]()
+    plan, part = make_plan(state, peers()), part_of(state)
+    small = {"_host.json": b"null\n", "_config.json": b"null\n"}
+
+    def waves() -> Iterator[Any]:
+        yield [(leaf, box, part(leaf.name, box)) for leaf in plan.leaves for box in leaf.mine]
+        time.sleep(0.05)
+        between.append(time.time_ns())
+        yield []
+
+    write_checkpoint(tmp_path / "c", plan, small, peers(), waves())
+    told = json.loads((tmp_path / "c/_CHECKPOINT_METADATA").read_bytes())
+    assert told["init_timestamp_nsecs"] < between[0] <= told["commit_timestamp_nsecs"]
+
+
 def test_files_in_memory_are_read_through_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those on a disk only where they are read whole: the system reads ahead of a map."""
     monkeypatch.setattr(geometry, "FILE_BYTES", 1 << 18)
@@ -137,6 +174,7 @@ def test_files_in_memory_are_read_through_maps(tmp_path: Path, monkeypatch: pyte
     checkpoint.save(tmp_path / "c", state)
     monkeypatch.setattr(arrays, "open_old", lambda *args: asked.append(args[-1]) or usual(*args))
     monkeypatch.setattr(geometry, "whole", lambda *_: False)
+    monkeypatch.setattr(files, "LOCAL", (files._file_system(tmp_path),))
     for kinds in ((files._file_system(tmp_path),), ()):
         monkeypatch.setattr(files, "MEMORY", kinds)
         assert checkpoint.restore(tmp_path / "c", state)["w"].equal(state["w"])

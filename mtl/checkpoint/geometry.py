@@ -145,14 +145,16 @@ def tile_shape(chunk: Sequence[int], itemsize: int, shape: Sequence[int]) -> tup
 
 
 def row_tile_shape(chunk: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Choose tiles of about `ROW_TILE_BYTES` that divide a file and are whole rows of it: in memory a tile's values lie side by side."""
-    tile = list(chunk)
+    """Choose tiles of about `ROW_TILE_BYTES` that divide a file and are whole rows of it: in memory a tile's values lie side by side.
+
+    A file of more than `TILE_BYTES` has two at least.
+    """
+    tile, size = list(chunk), math.prod(chunk) * itemsize
+    goal = min(ROW_TILE_BYTES, max(TILE_BYTES, size // 2))
     for d, n in enumerate(chunk):
-        cuts = math.ceil(math.prod(tile) * itemsize / ROW_TILE_BYTES)
-        if cuts <= 1:
-            break
-        near = (*range(cuts, 4 * cuts), *range(cuts - 1, 0, -1))  # a prime length: larger tiles
-        tile[d] //= n if n <= cuts else next(k for k in near if n % k == 0)
+        cuts = math.ceil(math.prod(tile) * itemsize / goal)
+        if cuts > 1:
+            tile[d] //= next(k for k in range(min(cuts, n), n + 1) if n % k == 0)
     return tuple(tile)
 
 

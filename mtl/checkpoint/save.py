@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -121,28 +121,33 @@ def write_checkpoint(
 ) -> None:
     """Write beside the place, flush, and commit: visible whole on every process's return, or not at all.
 
-    The pieces of a wave are on the disk before the next wave is asked for.
+    The pieces of a wave are on the disk before the next wave is asked for. Contents are listed beside the writes of the last wave where it
+    is known which that is, and else after them: the list says when they were.
     """
+    last = len(waves) - 1 if isinstance(waves, Sequence) else None
     begun, folder = time.time(), files.unfinished(path).resolve() / ITEM
     room = in_flight or max(threads * IN_FLIGHT, LEAST_IN_FLIGHT)
     unlock: list[Callable[[], None]] = []
     decided: list[bool] = []
+    on_disk: list[bool] = []
     listed: list[Future[dict[str, bytes]]] = []
 
     def begin() -> None:
-        unlock.append(_begin(path))
-        decided.append(arrays.squeezes(folder))
+        on_disk.append(not files.in_memory(folder))
+        if group.rank == 0:
+            unlock.append(_begin(path))
+            decided.append(arrays.squeezes(folder))
 
     def write() -> None:
-        made = _Arrays(folder, plan, squeezed, group.rank == 0, arrays.context(threads, in_memory=not on_disk))
+        made = _Arrays(folder, plan, squeezed, group.rank == 0, arrays.context(threads, in_memory=not on_disk[0]))
 
         def list_contents() -> None:
             if group.rank == 0 and not listed:
-                listed.append(beside.submit(_listed, folder, on_disk, plan, small, made.all(), begun))
+                listed.append(beside.submit(_listed, folder, on_disk[0], plan, small, made.all(), begun))
 
         try:
-            for pieces in waves:
-                _write_pieces(folder, pieces, made.array, room, on_disk, list_contents)
+            for i, pieces in enumerate(waves):
+                _write_pieces(folder, pieces, made.array, room, on_disk[0], list_contents if i == last else lambda: None)
             list_contents()
         finally:  # whatever failed: nothing is made in a folder that is removed
             for array in made.created.values():
@@ -151,11 +156,11 @@ def write_checkpoint(
             _written(array)
 
     try:
-        group.together(f"begin {path}", begin if group.rank == 0 else lambda: None)
-        squeezed, on_disk = group.agree(f"squeeze {path}", None, decided)[0] == [True], not files.in_memory(folder)
+        group.together(f"begin {path}", begin)
+        squeezed = group.agree(f"squeeze {path}", None, decided)[0] == [True]
         with ThreadPoolExecutor(1, thread_name_prefix="contents") as beside:
             group.together(f"write {path}", write)
-        group.together(f"commit {path}", lambda: _commit(path, on_disk, plan, listed[0].result()) if group.rank == 0 else None)
+        group.together(f"commit {path}", lambda: _commit(path, on_disk[0], plan, listed[0].result()) if group.rank == 0 else None)
     except BaseException:
         if group.rank == 0 and unlock:
             shutil.rmtree(files.unfinished(path), ignore_errors=True)
