@@ -24,7 +24,7 @@ SHARE_BYTES = 1 << 20
 """Copies of a box smaller than this are written by one holder; larger ones are shared out among the holders."""
 TILE_BYTES = 1 << 20
 ROW_FILE_BYTES, ROW_TILE_BYTES = 32 << 20, 4 << 20
-"""The same where tiles are whole rows: for memory, where larger ones take less of the processor's time and no disk waits for them."""
+"""What files and tiles hold where tiles are whole rows: in memory larger ones take less of the processor's time, and no disk waits."""
 ROW_BYTES = 1 << 10
 """Rows of a tile are not cut shorter than half of this while another dimension can be cut."""
 

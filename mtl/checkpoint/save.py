@@ -63,6 +63,8 @@ def save(
     With ``part``, leaves may be meta tensors: ``part(name, (offset, shape))`` is called for one box after the other and gives its values,
     so that a tree larger than memory can be written. In several processes each is asked for its share alone. ``files_of(name, shape)`` may
     choose what one file of an array holds, for arrays that are no DTensors.
+
+    One process that saves to memory writes whole rows, unless it gives ``part`` or ``files_of``: quicker, but who reads columns reads all.
     """
     path, group = Path(path).absolute(), peers()
     threads = ALONE if group.world == 1 else THREADS
